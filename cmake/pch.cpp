@@ -1,0 +1,1 @@
+// Owner of the precompiled torch headers; see CMakeLists.txt.

@@ -1,0 +1,151 @@
+#include "ferry/io/read_ticket.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "ferry/base/error.h"
+#include "ferry/base/log.h"
+
+namespace ferry::io {
+namespace {
+
+// Reads that made no progress at all, in a row, before a chunk fails.
+constexpr unsigned kMaxRetries = 1000;
+
+bool fits_direct(const ReadRequest& request) {
+  if (request.file->direct_fd() < 0) return false;
+  uint64_t all = request.offset | request.size_bytes | reinterpret_cast<uintptr_t>(request.into);
+  return all % request.file->direct_alignment() == 0;
+}
+
+void log_direct_refused(const Chunk& chunk) {
+  static std::atomic<bool> logged{false};
+  if (logged.exchange(true)) return;
+  log::info("{}: O_DIRECT refused at offset {} (EINVAL), reading through the page cache",
+            chunk.request->file->path().string(), chunk.next_offset());
+}
+
+}  // namespace
+
+Ticket::Ticket(std::vector<ReadRequest> requests, bool direct)
+    : requests_(std::move(requests)), direct_(direct) {
+  for (ReadRequest& request : requests_) {
+    if (!request.file) throw_error<ArgumentError>("read request without a file");
+    if (request.min_bytes == 0) request.min_bytes = request.size_bytes;
+    if (request.into == nullptr && request.size_bytes > 0) {
+      throw_error<ArgumentError>("{}: read request without memory",
+                                 request.file->path().string());
+    }
+    if (request.min_bytes > request.size_bytes ||
+        request.offset > static_cast<uint64_t>(INT64_MAX) - request.size_bytes) {
+      throw_error<ArgumentError>("{}: read request of {} bytes at offset {}, at least {}",
+                                 request.file->path().string(), request.size_bytes, request.offset,
+                                 request.min_bytes);
+    }
+  }
+  skip_empty();
+  update_done();
+}
+
+void Ticket::skip_empty() {
+  while (index_ < requests_.size() && position_ >= requests_[index_].size_bytes) {
+    ++index_;
+    position_ = 0;
+  }
+}
+
+Chunk Ticket::next(const std::shared_ptr<Ticket>& self, uint64_t chunk_bytes) {
+  const ReadRequest& request = requests_[index_];
+  Chunk chunk;
+  chunk.ticket = self;
+  chunk.request = &request;
+  chunk.offset = request.offset + position_;
+  chunk.size_bytes = std::min(chunk_bytes, request.size_bytes - position_);
+  uint64_t needed = request.min_bytes > position_ ? request.min_bytes - position_ : 0;
+  chunk.min_bytes = std::min(chunk.size_bytes, needed);
+  chunk.into = request.into + position_;
+  chunk.direct = direct_ && fits_direct(request);
+  position_ += chunk.size_bytes;
+  skip_empty();
+  ++in_flight_;
+  return chunk;
+}
+
+void Ticket::update_done() {
+  if (in_flight_ == 0 && !has_next()) done_.store(true, std::memory_order_release);
+}
+
+void Ticket::chunk_ended() {
+  --in_flight_;
+  update_done();
+}
+
+void Ticket::fail(std::string error) {
+  if (error_.empty()) error_ = std::move(error);
+}
+
+void Ticket::cancel() {
+  // A ticket whose reads all ended keeps its outcome.
+  if (done()) return;
+  cancelled_ = true;
+  update_done();
+}
+
+void Ticket::rethrow() const {
+  if (!error_.empty()) throw IoError(error_);
+  if (cancelled_) throw Cancelled();
+}
+
+ChunkResult take_result(Chunk& chunk, int64_t result, uint64_t& arrived, std::string& error) {
+  arrived = 0;
+  auto describe = [&] {
+    return fmt::format("{}: read of {} bytes at offset {}", chunk.request->file->path().string(),
+                       chunk.size_bytes, chunk.offset);
+  };
+  if (result < 0) {
+    int reason = static_cast<int>(-result);
+    // ECANCELED without our asking: the thread that submitted it has ended.
+    bool transient = reason == EINTR || reason == EAGAIN || reason == ECANCELED;
+    if (transient && ++chunk.retries <= kMaxRetries) return ChunkResult::again;
+    if (reason == EINVAL && chunk.direct) {
+      log_direct_refused(chunk);
+      chunk.direct = false;
+      return ChunkResult::again;
+    }
+    error = fmt::format("{} failed: {}; got {} bytes, expected at least {}", describe(),
+                        std::strerror(reason), chunk.done_bytes, chunk.min_bytes);
+    return ChunkResult::failed;
+  }
+  arrived = static_cast<uint64_t>(result);
+  chunk.done_bytes += arrived;
+  if (chunk.done_bytes >= chunk.min_bytes) return ChunkResult::complete;
+  if (arrived == 0) {
+    error = fmt::format(
+        "{} got {} bytes, expected at least {}: the file ends there (it had {} bytes when it was "
+        "opened). Was it truncated or is it still being written?",
+        describe(), chunk.done_bytes, chunk.min_bytes, chunk.request->file->size_bytes());
+    return ChunkResult::failed;
+  }
+  chunk.retries = 0;
+  // The rest no longer begins where O_DIRECT could.
+  if (chunk.done_bytes % chunk.request->file->direct_alignment() != 0) chunk.direct = false;
+  return ChunkResult::again;
+}
+
+const std::shared_ptr<Ticket>& TicketQueue::front() {
+  while (!tickets_.empty() && !tickets_.front()->has_next()) tickets_.pop_front();
+  return tickets_.empty() ? none_ : tickets_.front();
+}
+
+void RateLimiter::begin(Clock::time_point now) { next_ = std::max(next_, now); }
+
+bool RateLimiter::take(uint64_t bytes, Clock::time_point now) {
+  if (!limited()) return true;
+  if (now < next_) return false;
+  auto span = std::chrono::duration<double>(static_cast<double>(bytes) / rate_);
+  next_ += std::chrono::duration_cast<Clock::duration>(span);
+  return true;
+}
+
+}  // namespace ferry::io

@@ -1,0 +1,109 @@
+// What every model is (diffusers' ModelMixin and ConfigMixin): a module with a config, traits, named
+// inputs and outputs, and a way from and to a folder.
+#pragma once
+
+#include <nlohmann/json.hpp>
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ferry/nn/module.h"
+#include "ferry/weights/binding.h"
+
+namespace ferry::models {
+
+// Named tensors in and out of forward_named(); names are the reference's argument and output names.
+using NamedTensors = std::map<std::string, at::Tensor>;
+
+// What the Python class declares; tools/parity/traits.py compares.
+struct Traits {
+  // Modules (path parts) that stay float32 when a model is cast to another dtype.
+  std::vector<std::string> keep_in_fp32_modules;
+  // Class names of modules that are never split over devices.
+  std::vector<std::string> no_split_modules;
+  std::vector<std::string> skip_layerwise_casting_patterns;
+  // Class names of the blocks that repeat: the groups of block_level offloading are found through
+  // ModuleLists, as diffusers does.
+  std::vector<std::string> repeated_blocks;
+  // checkpoint key -> the parameter it shares memory with.
+  std::map<std::string, std::string> tied_keys;
+};
+
+// Thread-safety: one forward at a time.
+class Model : public nn::Module {
+ public:
+  // The Python class name ("FluxTransformer2DModel"), and the library it belongs to: "diffusers" or
+  // "transformers" (decides file names and the spelling of config.json).
+  virtual std::string class_name() const = 0;
+  virtual std::string library() const { return "diffusers"; }
+  virtual nlohmann::ordered_json config_json() const = 0;
+  virtual Traits traits() const { return {}; }
+
+  // Entries besides "forward" that forward_named() takes ("encode", "decode").
+  virtual std::vector<std::string> methods() const { return {"forward"}; }
+  // Runs `method` on named tensors. Arguments that are no tensors come as JSON under their Python
+  // names. Throws ArgumentError for a missing or unknown input, naming those expected.
+  virtual NamedTensors forward_named(const std::string& method, const NamedTensors& inputs,
+                                     const nlohmann::json& arguments) = 0;
+
+  // Checkpoint key -> parameter name; empty drops the key silently. The default keeps it.
+  virtual std::string map_key(const std::string& checkpoint_key) const { return checkpoint_key; }
+
+  // dtype of the first floating-point parameter (diffusers' `dtype`).
+  at::ScalarType dtype() const;
+  at::Device device() const;
+
+  // Where the weights come from; null for a model made in memory. Set by from_pretrained().
+  const std::shared_ptr<weights::Binding>& binding() const { return binding_; }
+  void set_binding(std::shared_ptr<weights::Binding> binding);
+  // Reads all weights that are still stubs into memory of their own. A model from from_pretrained()
+  // does this by itself at its first call unless offloading was enabled before.
+  void load_weights();
+  bool weights_loaded() const;
+
+  // Attention backend of every attention module below: "native", "math", … (nn/attention_dispatch.h)
+  void set_attention_backend(const std::string& backend);
+
+  // Writes config.json and the weights, sharded above `max_shard_size_bytes`, so that Python reads
+  // them back. Offloaded weights are read as they go. Files appear whole or not at all.
+  void save_pretrained(const std::filesystem::path& folder,
+                       uint64_t max_shard_size_bytes = 10'000'000'000,
+                       const std::string& variant = "");
+
+ private:
+  std::shared_ptr<weights::Binding> binding_;
+};
+
+struct LoadOptions {
+  // Unset keeps each tensor's stored dtype; set casts all but keep_in_fp32_modules.
+  std::optional<at::ScalarType> dtype;
+  // "fp16" reads diffusion_pytorch_model.fp16.safetensors.
+  std::string variant;
+  // Read all weights now rather than at the first call.
+  bool load_now = false;
+};
+
+// Makes the model that `folder`/config.json names and binds it to the checkpoint beside it. Reads
+// headers only. `class_name` overrides the config's (`_class_name`, or `architectures` of
+// transformers). Throws FormatError (config, header; all missing, unexpected and mis-shaped keys at
+// once), IoError, ArgumentError (a class ferry does not have, naming those it has).
+std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const LoadOptions& options = {},
+                                  const std::string& class_name = "");
+
+// The registry: an explicit table in registry.cpp, a line a class.
+struct ModelClass {
+  std::string_view name;
+  std::function<std::shared_ptr<Model>(const nlohmann::ordered_json& config, const std::string& where)> make;
+};
+const std::vector<ModelClass>& model_classes();
+// Without weights: all parameters are stubs. Throws as load_model().
+std::shared_ptr<Model> make_model(const std::string& class_name, const nlohmann::ordered_json& config,
+                                  const std::string& where = "config");
+
+}  // namespace ferry::models

@@ -1,0 +1,183 @@
+// The base of all ferry modules: a torch::nn::Module that owns the call point, so that hooks run
+// around every forward. libtorch's own ModuleHolder calls forward() directly and knows no hooks.
+#pragma once
+
+#include <torch/nn/module.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace ferry::nn {
+
+class Module;
+
+// What attaches to a module. Sees the module only, never its arguments, so no signature is erased.
+class ModuleHook {
+ public:
+  virtual ~ModuleHook() = default;
+  // Before the module's body runs. May throw; then the body does not run, and only the hooks whose
+  // before() returned get failed().
+  virtual void before(Module& module) {}
+  // After the body returned; in the reverse order of before().
+  virtual void after(Module& module) {}
+  // Instead of after() when the body, or a later hook's before(), threw.
+  virtual void failed(Module& module) noexcept {}
+  // The tensors that the body returned, in order; called before after(), if wants_outputs().
+  virtual void outputs(Module& module, const std::vector<at::Tensor>& tensors) {}
+  virtual bool wants_outputs() const { return false; }
+};
+
+// Ownership: modules are held by shared_ptr (Ptr below) and registered with their parent, as in
+// libtorch. Constructors allocate no memory for weights: parameters start as stubs (weights/stub.h)
+// in float32, and loading gives them data and dtype through set_data().
+// Thread-safety: as torch's modules; one forward at a time where hooks are attached.
+class Module : public torch::nn::Module {
+ public:
+  using torch::nn::Module::Module;
+
+  // Adds a hook at the end of the list. Throws ArgumentError if the name is taken.
+  void add_hook(const std::string& name, std::shared_ptr<ModuleHook> hook);
+  // Returns whether there was one.
+  bool remove_hook(const std::string& name);
+  std::shared_ptr<ModuleHook> find_hook(const std::string& name) const;
+
+  // The call point: runs the hooks around `body`. Every public entry of a module goes through it,
+  // forward() by way of Ptr's operator(), others (encode, decode) by calling it themselves.
+  template <class Body>
+  std::invoke_result_t<Body> call(Body&& body);
+
+  // As torch::nn::Module::to, but a stub stays a stub (of the new dtype and device).
+  void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Dtype dtype, bool non_blocking = false) override;
+  void to(torch::Device device, bool non_blocking = false) override;
+
+ protected:
+  // Registers a parameter without memory and returns it for the typed member:
+  //   weight = stub_parameter("weight", {out, in});
+  at::Tensor stub_parameter(const std::string& name, at::IntArrayRef shape);
+  at::Tensor stub_buffer(const std::string& name, at::IntArrayRef shape,
+                         at::ScalarType dtype = at::kFloat);
+
+ private:
+  class HookScope;
+  std::vector<std::pair<std::string, std::shared_ptr<ModuleHook>>> hooks_;
+};
+
+// A module handle whose call runs hooks and forward(): `nn::Ptr<Linear> to_q; to_q(x)`.
+template <class M>
+class Ptr : public std::shared_ptr<M> {
+ public:
+  using std::shared_ptr<M>::shared_ptr;
+  Ptr(std::shared_ptr<M> module) : std::shared_ptr<M>(std::move(module)) {}
+
+  template <class... Args>
+  decltype(auto) operator()(Args&&... args) const {
+    M* module = this->get();
+    return module->call([&]() -> decltype(auto) { return module->forward(std::forward<Args>(args)...); });
+  }
+};
+
+template <class M, class... Args>
+Ptr<M> make(Args&&... args) {
+  return Ptr<M>(std::make_shared<M>(std::forward<Args>(args)...));
+}
+
+// Children of one type under the names "0", "1", … (torch.nn.ModuleList).
+template <class M>
+class ModuleList : public Module {
+ public:
+  void push_back(Ptr<M> module) {
+    register_module(std::to_string(items_.size()), module);
+    items_.push_back(std::move(module));
+  }
+  auto begin() const { return items_.begin(); }
+  auto end() const { return items_.end(); }
+  size_t size() const { return items_.size(); }
+  bool empty() const { return items_.empty(); }
+  const Ptr<M>& operator[](size_t index) const { return items_[index]; }
+  const Ptr<M>& back() const { return items_.back(); }
+
+ private:
+  std::vector<Ptr<M>> items_;
+};
+
+// A named level of the hierarchy that holds children of any type and has no forward of its own
+// (torch.nn.Sequential and ModuleList with mixed members; the owner keeps the typed pointers).
+class Container : public Module {
+ public:
+  template <class M>
+  Ptr<M> add(const std::string& name, Ptr<M> module) {
+    register_module(name, module);
+    return module;
+  }
+};
+
+// ---- implementation ----
+
+// The tensors inside what a forward returns: a tensor, optional, pair, tuple or vector of such, or a
+// struct with `std::vector<at::Tensor> tensors() const`.
+void collect_tensors(const at::Tensor& value, std::vector<at::Tensor>& into);
+template <class T>
+void collect_tensors(const std::optional<T>& value, std::vector<at::Tensor>& into) {
+  if (value) collect_tensors(*value, into);
+}
+template <class T>
+void collect_tensors(const std::vector<T>& values, std::vector<at::Tensor>& into) {
+  for (const T& value : values) collect_tensors(value, into);
+}
+template <class A, class B>
+void collect_tensors(const std::pair<A, B>& value, std::vector<at::Tensor>& into) {
+  collect_tensors(value.first, into);
+  collect_tensors(value.second, into);
+}
+template <class... Ts>
+void collect_tensors(const std::tuple<Ts...>& value, std::vector<at::Tensor>& into) {
+  std::apply([&](const auto&... items) { (collect_tensors(items, into), ...); }, value);
+}
+template <class T>
+  requires requires(const T& value) { value.tensors(); }
+void collect_tensors(const T& value, std::vector<at::Tensor>& into) {
+  for (const at::Tensor& tensor : value.tensors()) collect_tensors(tensor, into);
+}
+
+// Runs before() at construction, and failed() at destruction unless finish() was called.
+class Module::HookScope {
+ public:
+  explicit HookScope(Module& module);
+  ~HookScope();
+  bool wants_outputs() const;
+  void outputs(const std::vector<at::Tensor>& tensors);
+  void finish();
+
+ private:
+  Module& module_;
+  // A copy: a hook may remove itself or others while it runs.
+  std::vector<std::shared_ptr<ModuleHook>> hooks_;
+  size_t entered_ = 0;
+};
+
+template <class Body>
+std::invoke_result_t<Body> Module::call(Body&& body) {
+  if (hooks_.empty()) return std::forward<Body>(body)();
+  HookScope scope(*this);
+  if constexpr (std::is_void_v<std::invoke_result_t<Body>>) {
+    std::forward<Body>(body)();
+    scope.finish();
+  } else {
+    std::invoke_result_t<Body> result = std::forward<Body>(body)();
+    if (scope.wants_outputs()) {
+      std::vector<at::Tensor> tensors;
+      collect_tensors(result, tensors);
+      scope.outputs(tensors);
+    }
+    scope.finish();
+    return result;
+  }
+}
+
+}  // namespace ferry::nn

@@ -1,0 +1,51 @@
+// Binding: which slot of a module is filled from which range of which checkpoint file.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ferry/io/read_engine.h"
+#include "ferry/weights/checkpoint.h"
+#include "ferry/weights/slot.h"
+
+namespace ferry::weights {
+
+struct BoundSlot {
+  Slot slot;
+  // The stored tensor: its dtype may differ from the slot's, then reading casts.
+  StoredTensor source;
+};
+
+struct BindOptions {
+  // Checkpoint key -> slot name; an empty answer drops the key.
+  std::function<std::string(const std::string&)> map_key;
+  // The dtype that a slot gets, from its name and the stored dtype. Default: as stored.
+  std::function<at::ScalarType(const std::string& slot, at::ScalarType stored)> dtype;
+  // Slots that may be absent from the checkpoint without an error, and stay as they are.
+  std::function<bool(const std::string& slot)> may_be_missing;
+};
+
+// Ownership: keeps the checkpoint's files open and shares the slots' tensors with the module.
+struct Binding {
+  std::shared_ptr<const Checkpoint> checkpoint;
+  std::vector<BoundSlot> slots;
+};
+
+// Gives every slot of `root` a stub of its final dtype and notes its source; reads no weight. Throws
+// FormatError that lists all missing, unexpected and mis-shaped keys at once.
+std::shared_ptr<Binding> bind(const torch::nn::Module& root,
+                              std::shared_ptr<const Checkpoint> checkpoint,
+                              const BindOptions& options = {});
+
+// Reads the slots that are still stubs, each into memory of its own (the resident way), casting
+// where stored and wanted dtype differ. Throws IoError.
+void load_resident(Binding& binding, io::ReadEngine& engine);
+
+// One weight, read into memory of its own, as the slot's dtype; the slot itself is not touched.
+at::Tensor read_tensor(const BoundSlot& bound);
+at::Tensor read_stored(const StoredTensor& source);
+
+}  // namespace ferry::weights
