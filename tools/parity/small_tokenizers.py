@@ -4,6 +4,8 @@ clip-files (vocab.json + merges.txt), clip-json (tokenizer.json alone), t5-spiec
 (spiece.model alone, without and with byte_fallback), t5-json and t5-json-bytes (tokenizer.json alone)."""
 
 import argparse
+import collections
+import io
 import unicodedata
 from pathlib import Path
 
@@ -29,28 +31,42 @@ T5_CONFIG = {
 NAMES = ("clip-files", "clip-json", "t5-spiece", "t5-spiece-bytes", "t5-json", "t5-json-bytes")
 
 
+def byte_pair_merges(words, wanted):
+    """The `wanted` most frequent merges; ties go to the first in order (the trainer of `tokenizers`
+    breaks them by hash order, so that a seed would not give the same files again)."""
+    words = [(list(word[:-1]) + [word[-1] + "</w>"], count) for word, count in sorted(words.items())]
+    merges = []
+    for _ in range(wanted):
+        pairs = collections.Counter()
+        for parts, count in words:
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for parts, _ in words:
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = [best[0] + best[1]]
+                i += 1
+    return merges
+
+
 def clip_vocabulary(lines, merges_wanted=700):
     """Vocabulary in OpenAI's order (bytes, bytes with </w>, merges, specials) and the merges."""
-    import json
-
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    like = CLIPTokenizer()  # for its normalizer and pre-tokenizer
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer = like.backend_tokenizer.normalizer
-    trained.pre_tokenizer = like.backend_tokenizer.pre_tokenizer
+    like = CLIPTokenizer().backend_tokenizer  # for its normalizer and pre-tokenizer
+    words = collections.Counter()
+    for line in lines:
+        words.update(w for w, _ in like.pre_tokenizer.pre_tokenize_str(like.normalizer.normalize_str(line)))
+    merges = byte_pair_merges(words, merges_wanted)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=512 + merges_wanted, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator(lines, trainer)
-    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
-    tokens = alphabet + [c + "</w>" for c in alphabet]
-    for left, right in merges:
-        if left + right not in tokens:
-            tokens.append(left + right)
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens = alphabet + [c + "</w>" for c in alphabet] + [left + right for left, right in merges]
+    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -88,21 +104,24 @@ def small_rules(path):
 
 def write_t5_spiece(folder, lines, bytes_, vocabulary=900, compact=False):
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
     folder.mkdir(parents=True, exist_ok=True)
-    text = folder / "corpus.txt"
-    text.write_text("\n".join(line.replace("\n", " ").replace("\r", " ") for line in lines))
     rules = folder / "rules.tsv"
     if compact:
         small_rules(rules)
     normalization = {"normalization_rule_tsv": str(rules)} if compact else {"normalization_rule_name": "nmt_nfkc"}
+    written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "spiece"), model_type="unigram", vocab_size=vocabulary + 256 * bytes_,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=bytes_, character_coverage=0.9995,
-        num_threads=1, minloglevel=2, **normalization,
+        sentence_iterator=(line.replace("\n", " ").replace("\r", " ") for line in lines), model_writer=written,
+        model_type="unigram", vocab_size=vocabulary + 256 * bytes_, hard_vocab_limit=False, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, byte_fallback=bytes_, character_coverage=0.9995, num_threads=1, minloglevel=2,
+        **normalization,
     )  # fmt: skip
-    for extra in ("spiece.vocab", "corpus.txt", "rules.tsv"):
-        (folder / extra).unlink(missing_ok=True)
+    rules.unlink(missing_ok=True)
+    model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
+    model.normalizer_spec.ClearField("normalization_rule_tsv")  # a path of this machine
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
     common.save_json(T5_CONFIG, folder / "tokenizer_config.json")
 
 
