@@ -38,15 +38,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(g, steps=5):
-    """[n, rows, columns] -> the same with all singular values near 1."""
-    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    """[n, rows, columns] -> the same with all singular values near 1. bfloat16 is enough."""
+    x = (g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:
         x = x.mT
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if transposed else x
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+    return (x.mT if transposed else x).to(g.dtype)
 
 
 def anneal(fraction, warmup=0.02):
