@@ -55,13 +55,17 @@ void Ticket::skip_empty() {
   }
 }
 
+uint64_t Ticket::next_size(uint64_t chunk_bytes) const {
+  return std::min(chunk_bytes, requests_[index_].size_bytes - position_);
+}
+
 Chunk Ticket::next(const std::shared_ptr<Ticket>& self, uint64_t chunk_bytes) {
   const ReadRequest& request = requests_[index_];
   Chunk chunk;
   chunk.ticket = self;
   chunk.request = &request;
   chunk.offset = request.offset + position_;
-  chunk.size_bytes = std::min(chunk_bytes, request.size_bytes - position_);
+  chunk.size_bytes = next_size(chunk_bytes);
   uint64_t needed = request.min_bytes > position_ ? request.min_bytes - position_ : 0;
   chunk.min_bytes = std::min(chunk.size_bytes, needed);
   chunk.into = request.into + position_;
@@ -140,12 +144,10 @@ const std::shared_ptr<Ticket>& TicketQueue::front() {
 
 void RateLimiter::begin(Clock::time_point now) { next_ = std::max(next_, now); }
 
-bool RateLimiter::take(uint64_t bytes, Clock::time_point now) {
-  if (!limited()) return true;
-  if (now < next_) return false;
+RateLimiter::Clock::time_point RateLimiter::start_of(uint64_t bytes) const {
+  if (!limited()) return next_;
   auto span = std::chrono::duration<double>(static_cast<double>(bytes) / rate_);
-  next_ += std::chrono::duration_cast<Clock::duration>(span);
-  return true;
+  return next_ + std::chrono::duration_cast<Clock::duration>(span);
 }
 
 }  // namespace ferry::io

@@ -44,6 +44,8 @@ class Ticket final : public ReadTicket {
 
   // Whether chunks are left that nobody took; none after a failure or a cancellation.
   bool has_next() const { return !stopped() && index_ < requests_.size(); }
+  // Bytes of the chunk that next() will cut.
+  uint64_t next_size(uint64_t chunk_bytes) const;
   // Cuts the next chunk and counts it as in flight.
   Chunk next(const std::shared_ptr<Ticket>& self, uint64_t chunk_bytes);
 
@@ -90,7 +92,8 @@ class TicketQueue {
 };
 
 // Paces reads to an average rate. While work waits, unused time is credited, so that a consumer that
-// polls rarely still gets the rate of a disk that reads all the time; idle time is not.
+// polls rarely still gets the rate of a disk that reads all the time; idle time is not. A read starts
+// when a disk of that rate would have finished it, so the rate is never exceeded.
 class RateLimiter {
  public:
   using Clock = std::chrono::steady_clock;
@@ -99,10 +102,10 @@ class RateLimiter {
   bool limited() const { return rate_ > 0; }
   // Work begins to wait after none did.
   void begin(Clock::time_point now);
-  // Takes `bytes` if the rate allows a read to start now.
-  bool take(uint64_t bytes, Clock::time_point now);
-  // When the next read may start.
-  Clock::time_point next_start() const { return next_; }
+  // When a read of `bytes` may start.
+  Clock::time_point start_of(uint64_t bytes) const;
+  // Accounts for a read that starts.
+  void take(uint64_t bytes) { next_ = start_of(bytes); }
 
  private:
   double rate_;

@@ -1,5 +1,7 @@
 #include "ferry/io/safetensors.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
