@@ -87,9 +87,12 @@ Ptr<M> make(Args&&... args) {
   return Ptr<M>(std::make_shared<M>(std::forward<Args>(args)...));
 }
 
+// Lets hooks find the lists of blocks without knowing the type of the blocks.
+class ModuleListBase : public Module {};
+
 // Children of one type under the names "0", "1", … (torch.nn.ModuleList).
 template <class M>
-class ModuleList : public Module {
+class ModuleList : public ModuleListBase {
  public:
   void push_back(Ptr<M> module) {
     register_module(std::to_string(items_.size()), module);

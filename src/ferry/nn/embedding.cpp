@@ -1,0 +1,16 @@
+#include "ferry/nn/embedding.h"
+
+#include <ATen/ATen.h>
+
+namespace ferry::nn {
+
+Embedding::Embedding(int64_t num_embeddings, int64_t embedding_dim) {
+  weight = stub_parameter("weight", {num_embeddings, embedding_dim});
+}
+
+at::Tensor Embedding::forward(const at::Tensor& ids) {
+  if (row_source_) return row_source_->gather(ids.to(at::kLong));
+  return at::embedding(weight, ids);
+}
+
+}  // namespace ferry::nn

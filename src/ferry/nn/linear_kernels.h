@@ -1,0 +1,70 @@
+// Which kernel computes a linear layer or a convolution whose weights are bfloat16 or float16. On a
+// CPU without fast instructions for them the library's own kernels fall back to loops that are many
+// times slower than float32; there the weights are widened block by block into cache-sized buffers.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace ferry::nn {
+
+// What the CPU, and what the user allows oneDNN to use of it.
+struct CpuFeatures {
+  bool x86 = false;
+  bool avx512_bf16 = false;
+  bool avx512_fp16 = false;
+  bool avx_ne_convert = false;
+  bool arm_bf16 = false;
+  bool arm_fp16 = false;
+  // oneDNN, through which x86 reaches those instructions, is enabled.
+  bool onednn = true;
+  // ONEDNN_MAX_CPU_ISA in upper case; empty for no limit.
+  std::string max_isa;
+};
+// Of this machine; found once.
+const CpuFeatures& cpu_features();
+
+enum class LinearKernel {
+  native,         // the library's kernel on the tensors as they are
+  upcast_blocks,  // float32 sgemm on widened blocks, rounded once at the end
+};
+
+struct LinearKernelChoice {
+  LinearKernel kernel;
+  std::string_view reason;
+};
+
+// Pure. FERRY_LINEAR_KERNEL=native|upcast (read once, by the function below) overrides it on CPUs.
+LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype,
+                                        const CpuFeatures& features);
+// For this machine; logs each outcome once.
+LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype);
+
+// x [..., in], weight [out, in], bias [out] or undefined -> [..., out], in the dtype of `x`.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
+
+struct Conv2dGeometry {
+  int64_t stride = 1;
+  int64_t padding = 0;
+  int64_t dilation = 1;
+  int64_t groups = 1;
+};
+// x [batch, in, height, width], weight [out, in / groups, kernel, kernel] -> [batch, out, h, w].
+at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                  const Conv2dGeometry& geometry);
+
+// The two kernels by name, for tests and benches. They need matching dtypes and no autograd.
+at::Tensor linear_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
+                                const at::Tensor& bias);
+at::Tensor conv2d_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
+                                const at::Tensor& bias, const Conv2dGeometry& geometry);
+
+// An optional argument of torch from a tensor that may be undefined.
+inline std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+}  // namespace ferry::nn
