@@ -70,7 +70,7 @@ def flatten(outputs):
 
 
 def save_tensors(tensors, path):
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, str(path))
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, str(path), metadata={"format": "pt"})
 
 
 def load_tensors(path):
@@ -91,7 +91,7 @@ class FerryError(Exception):
 
 def run_ferry(ferry, *arguments, timeout=600):
     """Runs one ferry subcommand with one compute thread; raises FerryError with its message."""
-    command = [str(ferry), *map(str, arguments)]
+    command = [str(Path(ferry).resolve()), *map(str, arguments)]
     if not Path(ferry).exists():
         raise FerryError(f"no ferry binary at {ferry}")
     environment = dict(os.environ, OMP_NUM_THREADS="1")
@@ -109,7 +109,7 @@ def subcommands(ferry):
     """The subcommands that this ferry binary has, from its --help."""
     if not Path(ferry).exists():
         return set()
-    text = subprocess.run([str(ferry), "--help"], capture_output=True, text=True).stdout
+    text = subprocess.run([str(Path(ferry).resolve()), "--help"], capture_output=True, text=True).stdout
     known = ("forward", "schedule", "tokenize", "generate", "inspect", "random", "doctor")
     return {name for name in known if any(line.strip().startswith(name) for line in text.splitlines())}
 

@@ -59,7 +59,8 @@ def write_models(out):
         # an encode and a decode of the same autoencoder share their weights
         seed = SEED + (k // 2 if class_name == "AutoencoderKL" else k)
         folder = out / f"{class_name}-{k}"
-        reference.write(class_name, config, seed, folder, method, args, options)
+        hub = k == 1 and class_name.startswith(("CLIP", "T5"))
+        reference.write(class_name, config, seed, folder, method, args, options, hub=hub)
 
 
 def write_schedules(out):
@@ -100,7 +101,9 @@ writes them again.
 - `models/<Class>-<k>/`: `config.json` and weights as `save_pretrained` writes them; `inputs.safetensors`
   (forward argument names), `outputs.safetensors` (names of the output class; a tuple's members are
   `hidden_states.N`), `args.json` (`method`: forward, encode or decode; `args`: arguments that are no
-  tensors). `AutoencoderKL-0` and `-1`, and `-2` and `-3`, are encode and decode of the same weights.
+  tensors). `CLIPTextModel-1`, `CLIPTextModelWithProjection-1` and `T5EncoderModel-1` have the weights' keys
+  of older, published folders (`text_model.` before CLIPTextModel's, position_ids, T5's embedding twice).
+  `AutoencoderKL-0` and `-1`, and `-2` and `-3`, are encode and decode of the same weights.
 - `schedulers/flow_match_euler-<k>.json`: `config`, `steps` (null: not given), `args` of `set_timesteps`.
   The safetensors of that name: `input.model_outputs` [n, ...], `input.sample`, where used
   `input.noise` [n, ...] (what `randn` would give in each step), `input.sigmas`, `input.timesteps`;
@@ -109,6 +112,8 @@ writes them again.
   `t5-spiece`, `t5-spiece-bytes` (spiece.model alone; trained without and with byte_fallback), `t5-json`,
   `t5-json-bytes` (tokenizer.json alone). `strings.jsonl`: a JSON string a line; `ids.jsonl`: Hugging
   Face's `tokenizer(text).input_ids`; `ids_max16.jsonl`: with `truncation=True, max_length=16`.
+  The tokenizer.json of `t5-json-bytes` holds the truncation and padding of an earlier call, as such
+  files do; `tokenizer(text)` ignores both.
   The T5 ones are normalized by a small table instead of nmt_nfkc, to be small.
   Hugging Face runs a `spiece.model` through its own unigram with `byte_fallback` off, WhitespaceSplit
   and Metaspace, and finds special tokens in the text first: sentencepiece alone gives other ids for

@@ -60,11 +60,27 @@ def evaluate(model, inputs, method="forward", args=None):
     return common.flatten(model(**inputs, **args))
 
 
+def to_hub_form(folder, class_name):
+    """Renames the weights' keys to those of older folders, such as the published FLUX.1 ones, which
+    transformers reads too: CLIPTextModel under `text_model.` with its position_ids, and the T5 embedding
+    under both of its names."""
+    path = Path(folder) / "model.safetensors"
+    tensors = common.load_tensors(path)
+    if class_name.startswith("CLIPTextModel"):
+        prefix = "" if class_name == "CLIPTextModelWithProjection" else "text_model."
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+        count = tensors["text_model.embeddings.position_embedding.weight"].shape[0]
+        tensors["text_model.embeddings.position_ids"] = torch.arange(count)[None]
+    else:
+        tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    common.save_tensors(tensors, path)
+
+
 def cast(inputs, dtype):
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def write(class_name, config, seed, out, method="forward", args=None, options=None, inputs=None, bf16=False):
+def write(class_name, config, seed, out, method="forward", args=None, options=None, inputs=None, bf16=False, hub=False):
     """Writes the whole reference folder; gives the model and its inputs for further use."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -73,6 +89,8 @@ def write(class_name, config, seed, out, method="forward", args=None, options=No
         inputs = input_makers.make(class_name, model.config, seed, method, options or {})
     outputs = evaluate(model, inputs, method, args)
     model.save_pretrained(out)
+    if hub:
+        to_hub_form(out, class_name)
     common.save_tensors(inputs, out / "inputs.safetensors")
     common.save_tensors(outputs, out / "outputs.safetensors")
     common.save_json(
@@ -102,6 +120,7 @@ def main():
     parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="argument that is no tensor")
     parser.add_argument("--options", default="{}", help="JSON: shapes of the inputs, see inputs.py")
     parser.add_argument("--inputs", help="safetensors with inputs, instead of random ones")
+    parser.add_argument("--hub", action="store_true", help="CLIP and T5: the keys of older, published folders")
     parser.add_argument("--bf16", action="store_true", help="also write outputs_bf16.safetensors")
     a = parser.parse_args()
     common.quiet()
@@ -114,7 +133,7 @@ def main():
             args[name] = value
     given = common.load_tensors(a.inputs) if a.inputs else None
     _, inputs, outputs = write(
-        a.class_name, read_config(a.config), a.seed, a.out, a.method, args, json.loads(a.options), given, a.bf16
+        a.class_name, read_config(a.config), a.seed, a.out, a.method, args, json.loads(a.options), given, a.bf16, a.hub
     )
     for kind, tensors in (("input", inputs), ("output", outputs)):
         for name, tensor in tensors.items():

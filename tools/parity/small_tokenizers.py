@@ -141,7 +141,11 @@ def train(out, seed=0, compact=False, merges=700, vocabulary=900):
     write_t5_spiece(out / "t5-spiece", lines, False, vocabulary, compact)
     write_t5_spiece(out / "t5-spiece-bytes", lines, True, vocabulary, compact)
     for source, target in (("clip-files", "clip-json"), ("t5-spiece", "t5-json"), ("t5-spiece-bytes", "t5-json-bytes")):
-        load(out / source).save_pretrained(out / target)
+        tokenizer = load(out / source)
+        if target == "t5-json-bytes":
+            # A saved tokenizer.json keeps the last call's truncation and padding; later calls ignore both.
+            tokenizer(["a large red circle"], truncation=True, max_length=3, padding="max_length")
+        tokenizer.save_pretrained(out / target)
     return [out / name for name in NAMES]
 
 
