@@ -1,0 +1,311 @@
+#include "ferry/models/autoencoders/autoencoder_kl.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+
+#include "ferry/models/named_inputs.h"
+
+namespace ferry::models {
+
+namespace {
+
+VaeBlockOptions block_options(const AutoencoderKLConfig& config) {
+  return {.norm_num_groups = config.norm_num_groups, .eps = 1e-6, .act = nn::get_activation(config.act_fn)};
+}
+
+nn::Ptr<nn::Conv2d> conv(int64_t in, int64_t out, int64_t kernel_size) {
+  return nn::make<nn::Conv2d>(
+      in, out, nn::Conv2dOptions{.kernel_size = kernel_size, .padding = kernel_size / 2});
+}
+
+void check_blocks(const char* key, const std::vector<std::string>& types, const char* known,
+                  size_t count) {
+  if (types.size() != count) {
+    throw_error<ArgumentError>("AutoencoderKL: {} has {} entries, but block_out_channels {}", key,
+                               types.size(), count);
+  }
+  for (const std::string& type : types) {
+    if (type != known) {
+      throw_error<ArgumentError>("AutoencoderKL: {} has '{}'; supported is {}", key, type, known);
+    }
+  }
+}
+
+int64_t sample_size_of(const AutoencoderKLConfig& config) {
+  const nlohmann::ordered_json& value = config.sample_size;
+  const nlohmann::ordered_json& number = value.is_array() && !value.empty() ? value[0] : value;
+  if (!number.is_number_integer() || number.get<int64_t>() <= 0) {
+    throw_error<ArgumentError>("AutoencoderKL: sample_size is {}, expected a positive number",
+                               value.dump());
+  }
+  return number.get<int64_t>();
+}
+
+// Fades the first rows (dim 2) or columns (dim 3) of `b` in over the last ones of `a`, in place.
+void blend(const at::Tensor& a, const at::Tensor& b, int64_t dim, int64_t extent) {
+  extent = std::min({a.size(dim), b.size(dim), extent});
+  for (int64_t i = 0; i < extent; ++i) {
+    double weight = static_cast<double>(i) / static_cast<double>(extent);
+    at::Tensor from = a.select(dim, a.size(dim) - extent + i), into = b.select(dim, i);
+    into.copy_(from * (1 - weight) + into * weight);
+  }
+}
+
+struct Tiles {
+  int64_t size;          // of a tile of the input
+  int64_t step;          // between the tiles of the input
+  int64_t blend_extent;  // of the output
+  int64_t row_limit;     // what remains of a tile of the output
+};
+
+// Keeps two rows of tiles at a time. `run` gives a tile of its own, which is blended in place.
+template <class Run>
+at::Tensor run_tiled(const at::Tensor& x, const Tiles& tiles, Run run) {
+  auto cut = [](const at::Tensor& t, int64_t begin_h, int64_t begin_w, int64_t size) {
+    return t.slice(2, begin_h, begin_h + size).slice(3, begin_w, begin_w + size);
+  };
+  std::vector<at::Tensor> above, finished;
+  for (int64_t i = 0; i < x.size(2); i += tiles.step) {
+    std::vector<at::Tensor> row, parts;
+    for (int64_t j = 0; j < x.size(3); j += tiles.step) {
+      at::Tensor tile = run(cut(x, i, j, tiles.size));
+      if (!above.empty()) blend(above[row.size()], tile, 2, tiles.blend_extent);
+      if (!row.empty()) blend(row.back(), tile, 3, tiles.blend_extent);
+      parts.push_back(cut(tile, 0, 0, tiles.row_limit));
+      row.push_back(std::move(tile));
+    }
+    finished.push_back(at::cat(parts, 3));
+    above = std::move(row);
+  }
+  return at::cat(finished, 2);
+}
+
+// One sample of the batch after another.
+template <class Run>
+at::Tensor run_sliced(const at::Tensor& x, bool sliced, Run run) {
+  if (!sliced || x.size(0) <= 1) return run(x);
+  std::vector<at::Tensor> parts;
+  for (const at::Tensor& part : x.split(1)) parts.push_back(run(part));
+  return at::cat(parts);
+}
+
+}  // namespace
+
+DiagonalGaussianDistribution::DiagonalGaussianDistribution(at::Tensor parameters)
+    : parameters_(std::move(parameters)) {
+  auto parts = parameters_.chunk(2, 1);
+  mean_ = parts[0];
+  logvar_ = at::clamp(parts[1], -30.0, 20.0);
+}
+
+at::Tensor DiagonalGaussianDistribution::std() const { return at::exp(logvar_ * 0.5); }
+at::Tensor DiagonalGaussianDistribution::var() const { return at::exp(logvar_); }
+
+at::Tensor DiagonalGaussianDistribution::sample(const std::vector<tensor::Generator>& generators) const {
+  at::Tensor noise = tensor::randn_tensor(mean_.sizes(), generators, parameters_.scalar_type(),
+                                          parameters_.device());
+  return mean_ + std() * noise;
+}
+
+Encoder::Encoder(const AutoencoderKLConfig& config) {
+  VaeBlockOptions options = block_options(config);
+  const auto& channels = config.block_out_channels;
+  conv_in = register_module("conv_in", conv(config.in_channels, channels.front(), 3));
+  down_blocks = register_module("down_blocks", nn::make<nn::ModuleList<DownEncoderBlock2D>>());
+  for (size_t i = 0; i < channels.size(); ++i) {
+    down_blocks->push_back(nn::make<DownEncoderBlock2D>(channels[i == 0 ? 0 : i - 1], channels[i],
+                                                        config.layers_per_block,
+                                                        i + 1 < channels.size(), options));
+  }
+  mid_block = register_module("mid_block", nn::make<UNetMidBlock2D>(
+                                               channels.back(), config.mid_block_add_attention, options));
+  conv_norm_out = register_module(
+      "conv_norm_out", nn::make<nn::GroupNorm>(config.norm_num_groups, channels.back(), 1e-6));
+  conv_out = register_module("conv_out", conv(channels.back(), 2 * config.latent_channels, 3));
+}
+
+at::Tensor Encoder::forward(const at::Tensor& sample) {
+  at::Tensor x = conv_in(sample);
+  for (const auto& block : *down_blocks) x = block(x);
+  x = mid_block(x);
+  x = conv_norm_out(x);
+  x = at::silu(x);
+  return conv_out(x);
+}
+
+Decoder::Decoder(const AutoencoderKLConfig& config) {
+  VaeBlockOptions options = block_options(config);
+  std::vector<int64_t> channels(config.block_out_channels.rbegin(), config.block_out_channels.rend());
+  conv_in = register_module("conv_in", conv(config.latent_channels, channels.front(), 3));
+  up_blocks = register_module("up_blocks", nn::make<nn::ModuleList<UpDecoderBlock2D>>());
+  for (size_t i = 0; i < channels.size(); ++i) {
+    up_blocks->push_back(nn::make<UpDecoderBlock2D>(channels[i == 0 ? 0 : i - 1], channels[i],
+                                                    config.layers_per_block + 1,
+                                                    i + 1 < channels.size(), options));
+  }
+  mid_block = register_module("mid_block", nn::make<UNetMidBlock2D>(
+                                               channels.front(), config.mid_block_add_attention, options));
+  conv_norm_out = register_module(
+      "conv_norm_out", nn::make<nn::GroupNorm>(config.norm_num_groups, channels.back(), 1e-6));
+  conv_out = register_module("conv_out", conv(channels.back(), config.out_channels, 3));
+}
+
+at::Tensor Decoder::forward(const at::Tensor& sample) {
+  at::Tensor x = conv_in(sample);
+  x = mid_block(x);
+  for (const auto& block : *up_blocks) x = block(x);
+  x = conv_norm_out(x);
+  x = at::silu(x);
+  return conv_out(x);
+}
+
+AutoencoderKL::AutoencoderKL(Config config) : config_(std::move(config)) {
+  size_t blocks = config_.block_out_channels.size();
+  if (blocks == 0 || blocks > 16) {
+    throw_error<ArgumentError>("AutoencoderKL: block_out_channels has {} entries, expected 1 to 16", blocks);
+  }
+  check_blocks("down_block_types", config_.down_block_types, "DownEncoderBlock2D", blocks);
+  check_blocks("up_block_types", config_.up_block_types, "UpDecoderBlock2D", blocks);
+  for (int64_t size : {config_.in_channels, config_.out_channels, config_.latent_channels,
+                       config_.layers_per_block, config_.norm_num_groups,
+                       *std::min_element(config_.block_out_channels.begin(),
+                                         config_.block_out_channels.end())}) {
+    if (size <= 0) throw_error<ArgumentError>("AutoencoderKL: got a size of {} in the config", size);
+  }
+  int64_t latent = config_.latent_channels;
+  encoder = register_module("encoder", nn::make<Encoder>(config_));
+  decoder = register_module("decoder", nn::make<Decoder>(config_));
+  if (config_.use_quant_conv) {
+    quant_conv = register_module("quant_conv", conv(2 * latent, 2 * latent, 1));
+  }
+  if (config_.use_post_quant_conv) {
+    post_quant_conv = register_module("post_quant_conv", conv(latent, latent, 1));
+  }
+  tile_sample_min_size_ = sample_size_of(config_);
+  tile_latent_min_size_ = tile_sample_min_size_ / scale_factor();
+}
+
+void AutoencoderKL::enable_tiling(const TilingOptions& options) {
+  int64_t sample = options.tile_sample_min_size.value_or(sample_size_of(config_));
+  int64_t latent = options.tile_latent_min_size.value_or(sample / scale_factor());
+  double overlap = options.tile_overlap_factor;
+  if (sample < 1 || latent < 1 || !(overlap >= 0 && overlap < 1) ||
+      static_cast<int64_t>(latent * (1 - overlap)) < 1) {
+    throw_error<ArgumentError>(
+        "AutoencoderKL: tiles of {} pixels, {} latent values and an overlap of {} are too small "
+        "(sample_size is {})",
+        sample, latent, overlap, config_.sample_size.dump());
+  }
+  tile_sample_min_size_ = sample;
+  tile_latent_min_size_ = latent;
+  tile_overlap_factor_ = overlap;
+  use_tiling_ = true;
+}
+
+at::Tensor AutoencoderKL::encode_tile(const at::Tensor& x) {
+  at::Tensor moments = encoder(x);
+  return quant_conv ? quant_conv(moments) : moments;
+}
+
+at::Tensor AutoencoderKL::decode_tile(const at::Tensor& z) {
+  return decoder(post_quant_conv ? post_quant_conv(z) : z);
+}
+
+at::Tensor AutoencoderKL::encode_moments(const at::Tensor& x) {
+  return run_sliced(x, use_slicing_, [&](const at::Tensor& part) {
+    if (!use_tiling_ || (part.size(3) <= tile_sample_min_size_ && part.size(2) <= tile_sample_min_size_)) {
+      return encode_tile(part);
+    }
+    int64_t extent = static_cast<int64_t>(tile_latent_min_size_ * tile_overlap_factor_);
+    Tiles tiles{tile_sample_min_size_,
+                static_cast<int64_t>(tile_sample_min_size_ * (1 - tile_overlap_factor_)), extent,
+                tile_latent_min_size_ - extent};
+    return run_tiled(part, tiles, [&](const at::Tensor& tile) { return encode_tile(tile); });
+  });
+}
+
+at::Tensor AutoencoderKL::decode_sample(const at::Tensor& z) {
+  return run_sliced(z, use_slicing_, [&](const at::Tensor& part) {
+    if (!use_tiling_ || (part.size(3) <= tile_latent_min_size_ && part.size(2) <= tile_latent_min_size_)) {
+      return decode_tile(part);
+    }
+    int64_t extent = static_cast<int64_t>(tile_sample_min_size_ * tile_overlap_factor_);
+    Tiles tiles{tile_latent_min_size_,
+                static_cast<int64_t>(tile_latent_min_size_ * (1 - tile_overlap_factor_)), extent,
+                tile_sample_min_size_ - extent};
+    return run_tiled(part, tiles, [&](const at::Tensor& tile) { return decode_tile(tile); });
+  });
+}
+
+DiagonalGaussianDistribution AutoencoderKL::encode(const at::Tensor& x) {
+  return call([&] { return DiagonalGaussianDistribution(encode_moments(x)); });
+}
+
+at::Tensor AutoencoderKL::decode(const at::Tensor& z) {
+  return call([&] { return decode_sample(z); });
+}
+
+at::Tensor AutoencoderKL::forward(const at::Tensor& sample) {
+  return decode_sample(DiagonalGaussianDistribution(encode_moments(sample)).mode());
+}
+
+Traits AutoencoderKL::traits() const {
+  Traits traits;
+  traits.no_split_modules = {"BasicTransformerBlock", "ResnetBlock2D"};
+  return traits;
+}
+
+NamedTensors AutoencoderKL::forward_named(const std::string& method, const NamedTensors& inputs,
+                                          const nlohmann::json& arguments) {
+  NamedInputs in("AutoencoderKL." + method, inputs, arguments);
+  in.argument("return_dict", true);
+  if (method == "encode") {
+    at::Tensor sample = in.required("sample");
+    in.finish();
+    DiagonalGaussianDistribution latent_dist = encode(sample);
+    return {{"mean", latent_dist.mean()}, {"logvar", latent_dist.logvar()}};
+  }
+  if (method == "decode") {
+    at::Tensor z = in.required("z");
+    in.finish();
+    return {{"sample", decode(z)}};
+  }
+  if (method == "forward") {
+    at::Tensor sample = in.required("sample");
+    if (in.argument("sample_posterior", false)) {
+      throw_error<ArgumentError>("AutoencoderKL.forward: sample_posterior is not supported here");
+    }
+    in.finish();
+    return {{"sample", call([&] { return forward(sample); })}};
+  }
+  throw_error<ArgumentError>("AutoencoderKL: method '{}' is unknown; known are forward, encode, decode", method);
+}
+
+std::string AutoencoderKL::map_key(const std::string& checkpoint_key) const {
+  static constexpr std::array<std::pair<std::string_view, std::string_view>, 4> kOldNames{{
+      {".query.", ".to_q."}, {".key.", ".to_k."}, {".value.", ".to_v."}, {".proj_attn.", ".to_out.0."}}};
+  if (checkpoint_key.find(".attentions.") == std::string::npos) return checkpoint_key;
+  for (auto [old_name, name] : kOldNames) {
+    size_t at = checkpoint_key.find(old_name);
+    if (at == std::string::npos) continue;
+    return checkpoint_key.substr(0, at) + std::string(name) + checkpoint_key.substr(at + old_name.size());
+  }
+  return checkpoint_key;
+}
+
+void AutoencoderKL::fuse_qkv_projections() {
+  for (const auto& module : modules()) {
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) attention->fuse_projections();
+  }
+}
+
+void AutoencoderKL::unfuse_qkv_projections() {
+  for (const auto& module : modules()) {
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) attention->unfuse_projections();
+  }
+}
+
+}  // namespace ferry::models

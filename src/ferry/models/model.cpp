@@ -1,0 +1,262 @@
+#include "ferry/models/model.h"
+
+#include <ATen/ATen.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <span>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "ferry/base/error.h"
+#include "ferry/io/atomic_file.h"
+#include "ferry/io/json_file.h"
+#include "ferry/io/read_engine.h"
+#include "ferry/io/safetensors.h"
+#include "ferry/nn/attention_dispatch.h"
+#include "ferry/tensor/dtype.h"
+#include "ferry/weights/stub.h"
+
+namespace ferry::models {
+
+namespace {
+
+constexpr const char* kLoadHook = "load_weights";
+// Where this hook (hooks/group_offloading.cpp) is attached, weights come with each lease.
+constexpr const char* kOffloadHook = "group_offloading.pass";
+
+// Reads the weights at the first call. Stays attached, so that a model whose offloading was removed
+// loads again; a look at each slot is cheap beside a forward.
+class LoadHook : public nn::ModuleHook {
+ public:
+  void before(nn::Module& module) override {
+    auto& model = static_cast<Model&>(module);
+    if (!model.find_hook(kOffloadHook) && !model.weights_loaded()) model.load_weights();
+  }
+};
+
+bool has_part(const std::string& name, const std::vector<std::string>& parts) {
+  size_t begin = 0;
+  while (begin <= name.size()) {
+    size_t end = std::min(name.find('.', begin), name.size());
+    if (std::find(parts.begin(), parts.end(), name.substr(begin, end - begin)) != parts.end()) return true;
+    begin = end + 1;
+  }
+  return false;
+}
+
+// diffusers keeps them in float32 for every dtype, transformers for float16 only.
+bool stays_float32(const Model& model, const Traits& traits, const std::string& slot, at::ScalarType wanted) {
+  if (model.library() == "transformers" && wanted != at::kHalf) return false;
+  return has_part(slot, traits.keep_in_fp32_modules);
+}
+
+std::string weights_base(const Model& model) {
+  return model.library() == "transformers" ? "model" : "diffusion_pytorch_model";
+}
+
+std::string class_name_of(const nlohmann::ordered_json& config, const std::string& where) {
+  if (auto it = config.find("_class_name"); it != config.end() && it->is_string()) return *it;
+  if (auto it = config.find("architectures"); it != config.end() && it->is_array() && !it->empty()) {
+    const auto& first = (*it)[0];
+    if (first.is_string()) return first;
+  }
+  throw_error<FormatError>("{}: has neither \"_class_name\" nor \"architectures\": not a model's config", where);
+}
+
+// ---- save_pretrained ----
+
+struct Shard {
+  std::string file;
+  std::vector<weights::Slot> slots;
+};
+
+// As huggingface_hub: in order, a new shard where the next tensor would not fit.
+std::vector<Shard> split_into_shards(const std::vector<weights::Slot>& slots, uint64_t max_bytes,
+                                     const std::string& stem) {
+  std::vector<Shard> shards(1);
+  uint64_t bytes = 0;
+  for (const weights::Slot& slot : slots) {
+    if (bytes > 0 && bytes + slot.size_bytes() > max_bytes) {
+      shards.emplace_back();
+      bytes = 0;
+    }
+    shards.back().slots.push_back(slot);
+    bytes += slot.size_bytes();
+  }
+  for (size_t i = 0; i < shards.size(); ++i) {
+    shards[i].file = shards.size() == 1
+                         ? stem + ".safetensors"
+                         : fmt::format("{}-{:05d}-of-{:05d}.safetensors", stem, i + 1, shards.size());
+  }
+  return shards;
+}
+
+// Weight files of an earlier save that the new ones do not replace; they would be read instead.
+std::vector<std::filesystem::path> stale_files(const std::filesystem::path& folder, const std::string& stem,
+                                               const std::string& index, const std::vector<Shard>& shards) {
+  std::unordered_set<std::string> written;
+  for (const Shard& shard : shards) written.insert(shard.file);
+  if (shards.size() > 1) written.insert(index);
+  auto is_weights = [&](const std::string& file) {
+    if (file == index || file == stem + ".safetensors") return true;
+    // stem-00001-of-00002.safetensors
+    constexpr size_t kTail = std::string_view("-00001-of-00002.safetensors").size();
+    return file.size() == stem.size() + kTail && file.starts_with(stem + "-") &&
+           file.ends_with(".safetensors") && file.compare(stem.size() + 6, 4, "-of-") == 0;
+  };
+  std::vector<std::filesystem::path> stale;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    std::string file = entry.path().filename().string();
+    if (is_weights(file) && !written.contains(file)) stale.push_back(entry.path());
+  }
+  return stale;
+}
+
+void write_json(const std::filesystem::path& path, const nlohmann::json& json) {
+  io::write_file(path, std::string_view(json.dump(2) + "\n"));
+}
+
+}  // namespace
+
+at::ScalarType Model::dtype() const {
+  std::vector<std::string> kept = traits().keep_in_fp32_modules;
+  std::optional<at::ScalarType> any;
+  for (const auto& entry : named_parameters()) {
+    at::ScalarType type = entry.value().scalar_type();
+    if (!at::isFloatingType(type)) continue;
+    if (!has_part(entry.key(), kept)) return type;
+    any = type;
+  }
+  return any.value_or(at::kFloat);
+}
+
+at::Device Model::device() const {
+  std::vector<at::Tensor> all = parameters();
+  return all.empty() ? at::Device(at::kCPU) : all.front().device();
+}
+
+void Model::set_binding(std::shared_ptr<weights::Binding> binding) {
+  binding_ = std::move(binding);
+  remove_hook(kLoadHook);
+  if (binding_) add_hook(kLoadHook, std::make_shared<LoadHook>());
+}
+
+void Model::load_weights() {
+  if (!binding_) {
+    if (weights_loaded()) return;
+    throw_error<ArgumentError>("{}: has no checkpoint to read its weights from", class_name());
+  }
+  std::unique_ptr<io::ReadEngine> engine = io::make_read_engine();
+  weights::load_resident(*binding_, *engine);
+}
+
+bool Model::weights_loaded() const {
+  for (const at::Tensor& parameter : parameters()) {
+    if (weights::is_stub(parameter)) return false;
+  }
+  for (const at::Tensor& buffer : buffers()) {
+    if (weights::is_stub(buffer)) return false;
+  }
+  return true;
+}
+
+void Model::set_attention_backend(const std::string& backend) {
+  nn::parse_attention_backend(backend);  // an unknown name changes nothing
+  for (const auto& module : modules()) {
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) {
+      attention->set_attention_backend(backend);
+    }
+  }
+}
+
+void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_shard_size_bytes,
+                            const std::string& variant) {
+  std::filesystem::create_directories(folder);
+  std::string base = weights_base(*this);
+  std::string stem = variant.empty() ? base : base + "." + variant;
+  std::string index = base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json";
+
+  std::unordered_map<std::string, const weights::BoundSlot*> bound;
+  if (binding_) {
+    for (const auto& entry : binding_->slots) bound.emplace(entry.slot.name(), &entry);
+  }
+  auto read = [&](const weights::Slot& slot) {
+    at::Tensor tensor = slot.tensor.detach();
+    if (weights::is_stub(tensor)) {
+      auto it = bound.find(slot.name());
+      if (it == bound.end()) {
+        throw_error<ArgumentError>("{}: cannot save: '{}' has no weight", class_name(), slot.name());
+      }
+      tensor = weights::read_tensor(*it->second);
+    }
+    return tensor.to(at::kCPU).contiguous();
+  };
+
+  std::vector<weights::Slot> slots = weights::collect_slots(*this);
+  std::vector<Shard> shards = split_into_shards(slots, max_shard_size_bytes, stem);
+  nlohmann::json weight_map = nlohmann::json::object();
+  for (const Shard& shard : shards) {
+    std::vector<io::SafetensorsWriter::Entry> entries;
+    for (const weights::Slot& slot : shard.slots) {
+      entries.push_back({slot.name(), tensor::from_torch(slot.dtype()), slot.shape().vec()});
+      weight_map[slot.name()] = shard.file;
+    }
+    io::SafetensorsWriter writer(folder / shard.file, std::move(entries));
+    for (const weights::Slot& slot : shard.slots) {
+      at::Tensor tensor = read(slot);
+      writer.write({static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()});
+    }
+    writer.finish();
+  }
+  if (shards.size() > 1) {
+    write_json(folder / index,
+               {{"metadata", {{"total_size", weights::total_bytes(slots)}}}, {"weight_map", weight_map}});
+  }
+  nlohmann::json config = nlohmann::json::parse(config_json().dump());
+  if (library() == "transformers") {
+    config["architectures"] = {class_name()};
+  } else {
+    config["_class_name"] = class_name();
+  }
+  write_json(folder / "config.json", config);
+  for (const auto& path : stale_files(folder, stem, index, shards)) std::filesystem::remove(path);
+}
+
+std::shared_ptr<Model> make_model(const std::string& class_name, const nlohmann::ordered_json& config,
+                                  const std::string& where) {
+  std::vector<std::string_view> known;
+  for (const ModelClass& entry : model_classes()) {
+    if (entry.name == class_name) return entry.make(config, where);
+    known.push_back(entry.name);
+  }
+  throw_error<ArgumentError>("{}: ferry has no model class '{}'; it has {}", where, class_name,
+                             fmt::join(known, ", "));
+}
+
+std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const LoadOptions& options,
+                                  const std::string& class_name) {
+  std::filesystem::path config_path = folder / "config.json";
+  std::string where = config_path.string();
+  nlohmann::ordered_json config = io::read_json_object(config_path);
+  std::shared_ptr<Model> model =
+      make_model(class_name.empty() ? class_name_of(config, where) : class_name, config, where);
+
+  auto checkpoint = weights::Checkpoint::open_folder(folder, weights_base(*model), options.variant);
+  Traits traits = model->traits();
+  weights::BindOptions bind_options;
+  bind_options.map_key = [&](const std::string& key) { return model->map_key(key); };
+  if (options.dtype) {
+    bind_options.dtype = [&](const std::string& slot, at::ScalarType stored) {
+      if (!at::isFloatingType(stored)) return stored;
+      return stays_float32(*model, traits, slot, *options.dtype) ? at::kFloat : *options.dtype;
+    };
+  }
+  bind_options.may_be_missing = [&](const std::string& slot) { return traits.tied_keys.contains(slot); };
+  model->set_binding(weights::bind(*model, checkpoint, bind_options));
+  model->eval();
+  if (options.load_now) model->load_weights();
+  return model;
+}
+
+}  // namespace ferry::models
