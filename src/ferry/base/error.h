@@ -1,5 +1,5 @@
-// The exceptions that ferry throws. Each message says what failed and where, what was found and what
-// was expected, and what to do about it where that is known.
+// The exceptions that ferry throws. Each message says what failed and where, what was found and
+// what was expected, and what to do about it where that is known.
 #pragma once
 
 #include <fmt/format.h>

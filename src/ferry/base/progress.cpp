@@ -138,7 +138,7 @@ std::string ProgressBar::text_locked(Clock::time_point at) const {
 
 std::string ProgressBar::bar_line_locked(Clock::time_point at) const {
   auto width = static_cast<size_t>(
-      std::max(20, (options_.columns > 0 ? options_.columns : terminal::columns()) - 1));
+      std::max(8, (options_.columns > 0 ? options_.columns : terminal::columns()) - 1));
   std::string numbers = text_locked(at);
   if (total_ == 0) return clipped(description_ + " " + numbers, width);
   uint64_t done = std::min(done_, total_);

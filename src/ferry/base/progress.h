@@ -62,10 +62,10 @@ class ProgressBar {
   Clock::time_point start_;
 
   std::mutex mutex_;
-  uint64_t done_ = 0;             // guarded by mutex_, as are those below
+  uint64_t done_ = 0;  // guarded by mutex_, as are those below
   std::string note_;
   Clock::time_point last_draw_{};
-  int quarter_ = -1;              // the last one that got a line
+  int quarter_ = -1;  // the last one that got a line
   bool finished_ = false;
 };
 

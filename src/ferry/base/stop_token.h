@@ -25,8 +25,8 @@ class StopToken {
   std::shared_ptr<const std::atomic<bool>> flag_;
 };
 
-// Copies share one flag. Thread-safe. request_stop() is async-signal-safe, so a program's own signal
-// handler may call it (the library installs none) on a source that outlives the handler.
+// Copies share one flag. Thread-safe. request_stop() is async-signal-safe, so a program's own
+// signal handler may call it (the library installs none) on a source that outlives the handler.
 class StopSource {
  public:
   StopSource() : flag_(std::make_shared<std::atomic<bool>>(false)) {}

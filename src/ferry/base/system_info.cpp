@@ -54,8 +54,8 @@ std::vector<fs::path> cgroup_folders(const std::string& controller) {
     size_t second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
-    bool match = controller.empty() ? controllers == ",," :
-                                      controllers.find("," + controller + ",") != std::string::npos;
+    bool match = controller.empty() ? controllers == ",,"
+                                    : controllers.find("," + controller + ",") != std::string::npos;
     if (!match) continue;
     fs::path root = controller.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/" + controller;
     fs::path inside = fs::path(line.substr(second + 1)).relative_path();
@@ -119,8 +119,12 @@ MemoryInfo memory_info() {
   return info;
 }
 
-uint64_t current_rss_bytes() { return kilobyte_field("/proc/self/status", "VmRSS"); }
-uint64_t peak_rss_bytes() { return kilobyte_field("/proc/self/status", "VmHWM"); }
+uint64_t current_rss_bytes() {
+  return kilobyte_field("/proc/self/status", "VmRSS");
+}
+uint64_t peak_rss_bytes() {
+  return kilobyte_field("/proc/self/status", "VmHWM");
+}
 
 bool reset_peak_rss() {
   std::ofstream out("/proc/self/clear_refs");

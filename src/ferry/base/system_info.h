@@ -29,10 +29,10 @@ uint64_t peak_rss_bytes();
 bool reset_peak_rss();
 
 struct CpuInfo {
-  std::string model;         // "Intel(R) Xeon(R) ..."
-  int logical_cores = 0;     // that this process may run on (affinity)
-  int physical_cores = 0;    // among those
-  double cgroup_cpus = 0;    // CPU time a cgroup allows, in cores; 0: no limit
+  std::string model;       // "Intel(R) Xeon(R) ..."
+  int logical_cores = 0;   // that this process may run on (affinity)
+  int physical_cores = 0;  // among those
+  double cgroup_cpus = 0;  // CPU time a cgroup allows, in cores; 0: no limit
   // Of the flags that decide how fast kernels are, those that are there: "avx2", "avx512f",
   // "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", …
   std::vector<std::string> features;

@@ -109,17 +109,22 @@ std::string Trace::to_json() const {
   const int pid = ::getpid();
   std::string out = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n";
   auto to = std::back_inserter(out);
-  fmt::format_to(to, "{{\"ph\":\"M\",\"name\":\"process_name\",\"pid\":{},\"tid\":0,"
-                     "\"args\":{{\"name\":\"ferry\"}}}}", pid);
+  fmt::format_to(to,
+                 "{{\"ph\":\"M\",\"name\":\"process_name\",\"pid\":{},\"tid\":0,"
+                 "\"args\":{{\"name\":\"ferry\"}}}}",
+                 pid);
   for (const auto& [name, id] : tracks_) {
-    fmt::format_to(to, ",\n{{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":{},\"tid\":{},"
-                       "\"args\":{{\"name\":", pid, id);
+    fmt::format_to(to,
+                   ",\n{{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":{},\"tid\":{},"
+                   "\"args\":{{\"name\":",
+                   pid, id);
     append_string(out, name);
     out += "}}";
   }
   for (const Event& event : events_) {
-    fmt::format_to(to, ",\n{{\"ph\":\"{}\",\"pid\":{},\"tid\":{},\"ts\":{:.3f},\"cat\":",
-                   event.phase, pid, event.track, static_cast<double>(event.begin_ns) / 1e3);
+    fmt::format_to(to,
+                   ",\n{{\"ph\":\"{}\",\"pid\":{},\"tid\":{},\"ts\":{:.3f},\"cat\":", event.phase,
+                   pid, event.track, static_cast<double>(event.begin_ns) / 1e3);
     append_string(out, event.category);
     out += ",\"name\":";
     append_string(out, event.name);

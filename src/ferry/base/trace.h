@@ -56,9 +56,9 @@ class Trace {
   const Clock::time_point start_;
   const size_t max_events_;
   mutable std::mutex mutex_;
-  std::vector<Event> events_;                         // guarded by mutex_
-  std::map<std::string, int, std::less<>> tracks_;    // guarded by mutex_
-  size_t dropped_ = 0;                                // guarded by mutex_
+  std::vector<Event> events_;                       // guarded by mutex_
+  std::map<std::string, int, std::less<>> tracks_;  // guarded by mutex_
+  size_t dropped_ = 0;                              // guarded by mutex_
 };
 
 // A span that lasts from construction to destruction. Does nothing with a null trace.

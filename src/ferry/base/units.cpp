@@ -82,8 +82,7 @@ uint64_t parse_bytes(std::string_view text, std::string_view what) {
   long double value = 0;
   auto [fraction_end, fraction_error] =
       std::from_chars(number.data(), number.data() + number.size(), value);
-  if (error == std::errc::result_out_of_range ||
-      fraction_error == std::errc::result_out_of_range) {
+  if (error == std::errc::result_out_of_range || fraction_error == std::errc::result_out_of_range) {
     fail("is too large");
   }
   if (fraction_error != std::errc() || fraction_end != number.data() + number.size()) {

@@ -21,8 +21,8 @@ constexpr size_t kPageBytes = 4096;
 std::byte* map_aligned(size_t size, size_t alignment) {
   size_t slack = alignment > kPageBytes ? alignment : 0;
   if (size > SIZE_MAX - slack) return nullptr;
-  void* mapped = ::mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                        -1, 0);
+  void* mapped =
+      ::mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return nullptr;
   auto* begin = static_cast<std::byte*>(mapped);
   if (slack == 0) return begin;
@@ -33,7 +33,9 @@ std::byte* map_aligned(size_t size, size_t alignment) {
   return begin + lead;
 }
 
-size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+size_t round_up(size_t size, size_t unit) {
+  return (size + unit - 1) / unit * unit;
+}
 
 }  // namespace
 

@@ -66,7 +66,9 @@ AtomicFile::AtomicFile(const fs::path& path, System& system)
   }
 }
 
-AtomicFile::~AtomicFile() { discard(); }
+AtomicFile::~AtomicFile() {
+  discard();
+}
 
 void AtomicFile::discard() noexcept {
   if (fd_ >= 0) system_->close(fd_);

@@ -12,9 +12,9 @@
 namespace ferry::io {
 
 // Writes beside `path` without a name where the file system can (O_TMPFILE: not even a killed
-// process leaves anything), else under a temporary name, and publishes with commit(): fsync, rename,
-// fsync of the folder. The destructor of an uncommitted file removes what was written. A symbolic
-// link is followed; a device or pipe (/dev/stdout) is written straight. Not thread-safe.
+// process leaves anything), else under a temporary name, and publishes with commit(): fsync,
+// rename, fsync of the folder. The destructor of an uncommitted file removes what was written. A
+// symbolic link is followed; a device or pipe (/dev/stdout) is written straight. Not thread-safe.
 class AtomicFile {
  public:
   // Throws IoError if the folder does not exist or cannot be written.

@@ -40,9 +40,13 @@ static_assert(rows_follow_enum());
 
 }  // namespace
 
-int64_t item_size(Dtype dtype) { return kRows[static_cast<size_t>(dtype)].item_size; }
+int64_t item_size(Dtype dtype) {
+  return kRows[static_cast<size_t>(dtype)].item_size;
+}
 
-std::string_view name(Dtype dtype) { return kRows[static_cast<size_t>(dtype)].name; }
+std::string_view name(Dtype dtype) {
+  return kRows[static_cast<size_t>(dtype)].name;
+}
 
 std::optional<Dtype> parse_dtype(std::string_view name) {
   for (const Row& row : kRows) {

@@ -1,4 +1,5 @@
-// The element types that safetensors files name, without torch. tensor/dtype.h maps them to torch's.
+// The element types that safetensors files name, without torch. tensor/dtype.h maps them to
+// torch's.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,22 @@
 namespace ferry::io {
 
 enum class Dtype : uint8_t {
-  F64, F32, F16, BF16, F8_E4M3, F8_E5M2, F8_E8M0, I64, I32, I16, I8, U64, U32, U16, U8, BOOL,
+  F64,
+  F32,
+  F16,
+  BF16,
+  F8_E4M3,
+  F8_E5M2,
+  F8_E8M0,
+  I64,
+  I32,
+  I16,
+  I8,
+  U64,
+  U32,
+  U16,
+  U8,
+  BOOL,
 };
 
 // Bytes of one element.

@@ -104,14 +104,16 @@ void File::check_unchanged() const {
   FileIdentity now = identity_of(st);
   if (now.size_bytes != opened_.size_bytes) {
     throw_error<IoError>(
-        "{}: got a file of {} bytes, expected {} as when it was opened: it was {} in place while in "
+        "{}: got a file of {} bytes, expected {} as when it was opened: it was {} in place while "
+        "in "
         "use. Load it again; to replace a checkpoint safely, write a new file and rename it",
         path_.string(), now.size_bytes, opened_.size_bytes,
         now.size_bytes < opened_.size_bytes ? "truncated" : "extended");
   }
   if (now.mtime_ns != opened_.mtime_ns) {
     throw_error<IoError>(
-        "{}: the file was modified in place while in use (same size, newer time). Load it again; to "
+        "{}: the file was modified in place while in use (same size, newer time). Load it again; "
+        "to "
         "replace a checkpoint safely, write a new file and rename it",
         path_.string());
   }
@@ -128,8 +130,8 @@ void File::read_exact(uint64_t offset, size_t size, std::byte* into) const {
                                offset + done);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) {
-      throw_error<IoError>("{}: cannot read {} bytes at offset {}: {}", path_.string(), size, offset,
-                           std::strerror(errno));
+      throw_error<IoError>("{}: cannot read {} bytes at offset {}: {}", path_.string(), size,
+                           offset, std::strerror(errno));
     }
     if (n == 0) {
       throw_error<IoError>(
@@ -140,6 +142,8 @@ void File::read_exact(uint64_t offset, size_t size, std::byte* into) const {
   }
 }
 
-void File::drop_cache() const { ::posix_fadvise(buffered_fd_, 0, 0, POSIX_FADV_DONTNEED); }
+void File::drop_cache() const {
+  ::posix_fadvise(buffered_fd_, 0, 0, POSIX_FADV_DONTNEED);
+}
 
 }  // namespace ferry::io

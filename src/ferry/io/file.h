@@ -25,7 +25,8 @@ struct FileIdentity {
 // with O_DIRECT where the file system takes it. A file that is replaced by rename stays readable.
 class File {
  public:
-  // Throws IoError if `path` cannot be opened or is no regular file. `system` must outlive the file.
+  // Throws IoError if `path` cannot be opened or is no regular file. `system` must outlive the
+  // file.
   static std::shared_ptr<const File> open(const std::filesystem::path& path,
                                           System& system = System::real());
   ~File();

@@ -51,7 +51,8 @@ nlohmann::json parse_json(std::string_view text, const std::string& where,
   } catch (const nlohmann::json::exception& error) {
     // "[json.exception.parse_error.101] parse error at line 1, column 2: ..."
     std::string_view reason = error.what();
-    if (size_t end = reason.find("] "); end != std::string_view::npos) reason.remove_prefix(end + 2);
+    if (size_t end = reason.find("] "); end != std::string_view::npos)
+      reason.remove_prefix(end + 2);
     throw_error<FormatError>("{}: broken JSON: {}", where, reason);
   }
 }

@@ -19,8 +19,8 @@ constexpr uint64_t kChunkUnit = 4096;
 constexpr uint64_t kMaxChunk = 1u << 30;
 
 ReadEngineOptions checked(ReadEngineOptions options) {
-  options.request_bytes = std::clamp<uint64_t>(options.request_bytes / kChunkUnit * kChunkUnit,
-                                               kChunkUnit, kMaxChunk);
+  options.request_bytes =
+      std::clamp<uint64_t>(options.request_bytes / kChunkUnit * kChunkUnit, kChunkUnit, kMaxChunk);
   options.queue_depth = std::clamp(options.queue_depth, 1u, 4096u);
   options.pread_threads = std::clamp(options.pread_threads, 1u, 256u);
   return options;
@@ -33,8 +33,8 @@ ReadBackend requested_backend(ReadBackend option) {
   if (name.empty() || name == "automatic" || name == "auto") return ReadBackend::automatic;
   if (name == "io_uring") return ReadBackend::io_uring;
   if (name == "pread") return ReadBackend::pread;
-  throw_error<ArgumentError>(
-      "FERRY_READ_BACKEND is \"{}\", expected io_uring, pread or automatic", name);
+  throw_error<ArgumentError>("FERRY_READ_BACKEND is \"{}\", expected io_uring, pread or automatic",
+                             name);
 }
 
 // Each reason once a process: engines come and go.
@@ -55,9 +55,9 @@ std::unique_ptr<ReadEngine> choose(const ReadEngineOptions& options, ReadBackend
   if (wanted != ReadBackend::pread) {
 #ifdef FERRY_WITH_URING
     try {
-      return make_uring_engine(options, fmt::format("io_uring {}: {}", describe_mode(options),
-                                                    wanted == ReadBackend::automatic ? "available"
-                                                                                     : "requested"));
+      return make_uring_engine(
+          options, fmt::format("io_uring {}: {}", describe_mode(options),
+                               wanted == ReadBackend::automatic ? "available" : "requested"));
     } catch (const IoError& error) {
       why_not = error.what();
     }
@@ -70,9 +70,9 @@ std::unique_ptr<ReadEngine> choose(const ReadEngineOptions& options, ReadBackend
   } else {
     why_not = "requested";
   }
-  return make_pread_engine(options, fmt::format("pread with {} threads {}: {}",
-                                                options.pread_threads, describe_mode(options),
-                                                why_not));
+  return make_pread_engine(options,
+                           fmt::format("pread with {} threads {}: {}", options.pread_threads,
+                                       describe_mode(options), why_not));
 }
 
 }  // namespace

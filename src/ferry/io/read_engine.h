@@ -1,4 +1,5 @@
-// Reads with many requests in flight: io_uring with O_DIRECT where it works, a pread pool elsewhere.
+// Reads with many requests in flight: io_uring with O_DIRECT where it works, a pread pool
+// elsewhere.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +17,8 @@ namespace ferry::io {
 // One contiguous range of a file into memory. Read with O_DIRECT if offset, size and address are
 // all multiples of file->direct_alignment() (and the file has a direct descriptor), else through
 // the page cache. `size` may reach past the end of the file by less than the alignment: at least
-// `min_bytes` have to arrive, or the ticket fails; what lies behind them in the file may be missing.
-// 0 stands for all of `size_bytes`.
+// `min_bytes` have to arrive, or the ticket fails; what lies behind them in the file may be
+// missing. 0 stands for all of `size_bytes`.
 struct ReadRequest {
   std::shared_ptr<const File> file;
   uint64_t offset = 0;
@@ -26,7 +27,8 @@ struct ReadRequest {
   std::byte* into = nullptr;
 };
 
-// The outcome of one submit(). Shared between engine and consumer; an error lives here until wait().
+// The outcome of one submit(). Shared between engine and consumer; an error lives here until
+// wait().
 class ReadTicket {
  public:
   virtual ~ReadTicket() = default;
@@ -47,8 +49,9 @@ struct ReadEngineOptions {
   unsigned pread_threads = 4;
   // Use O_DIRECT where possible. Off reads through the page cache (right when it holds the model).
   bool direct = true;
-  // Upper limit in bytes a second over all reads; 0 is none. For planning and benches. With io_uring
-  // reads start only in submit(), poll() and wait(); time between them is credited while reads wait.
+  // Upper limit in bytes a second over all reads; 0 is none. For planning and benches. With
+  // io_uring reads start only in submit(), poll() and wait(); time between them is credited while
+  // reads wait.
   uint64_t rate_limit_bytes_per_s = 0;
 };
 

@@ -16,16 +16,15 @@ namespace {
 class PreadEngine final : public ReadEngine {
  public:
   PreadEngine(const ReadEngineOptions& options, std::string reason)
-      : options_(options),
-        reason_(std::move(reason)),
-        limiter_(options.rate_limit_bytes_per_s) {
+      : options_(options), reason_(std::move(reason)), limiter_(options.rate_limit_bytes_per_s) {
     // Signals are for the program's own threads.
     sigset_t all;
     sigset_t before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      for (unsigned i = 0; i < options.pread_threads; ++i) threads_.emplace_back([this] { work(); });
+      for (unsigned i = 0; i < options.pread_threads; ++i)
+        threads_.emplace_back([this] { work(); });
     } catch (const std::system_error& error) {
       // Fewer threads do; none does not.
       if (threads_.empty()) {
@@ -137,7 +136,7 @@ class PreadEngine final : public ReadEngine {
   std::mutex mutex_;
   std::condition_variable work_;
   std::condition_variable ended_;
-  RateLimiter limiter_;                          // guarded by mutex_, as are those below
+  RateLimiter limiter_;  // guarded by mutex_, as are those below
   TicketQueue queue_;
   std::vector<std::shared_ptr<Ticket>> reading_;  // once for each chunk being read
   bool quit_ = false;

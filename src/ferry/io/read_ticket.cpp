@@ -34,8 +34,7 @@ Ticket::Ticket(std::vector<ReadRequest> requests, bool direct)
     if (!request.file) throw_error<ArgumentError>("read request without a file");
     if (request.min_bytes == 0) request.min_bytes = request.size_bytes;
     if (request.into == nullptr && request.size_bytes > 0) {
-      throw_error<ArgumentError>("{}: read request without memory",
-                                 request.file->path().string());
+      throw_error<ArgumentError>("{}: read request without memory", request.file->path().string());
     }
     if (request.min_bytes > request.size_bytes ||
         request.offset > static_cast<uint64_t>(INT64_MAX) - request.size_bytes) {
@@ -142,7 +141,9 @@ const std::shared_ptr<Ticket>& TicketQueue::front() {
   return tickets_.empty() ? none_ : tickets_.front();
 }
 
-void RateLimiter::begin(Clock::time_point now) { next_ = std::max(next_, now); }
+void RateLimiter::begin(Clock::time_point now) {
+  next_ = std::max(next_, now);
+}
 
 RateLimiter::Clock::time_point RateLimiter::start_of(uint64_t bytes) const {
   if (!limited()) return next_;

@@ -207,8 +207,9 @@ class UringEngine final : public ReadEngine {
       result = io_uring_wait_cqe_timeout(&ring_, &cqe, &timeout);
     } else if (limiter_.limited() && next && !free_.empty()) {
       auto start = limiter_.start_of(next->next_size(options_.request_bytes));
-      auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(
-                      start - RateLimiter::Clock::now()).count();
+      auto left =
+          std::chrono::duration_cast<std::chrono::nanoseconds>(start - RateLimiter::Clock::now())
+              .count();
       left = std::clamp<decltype(left)>(left, 0, 1'000'000'000);
       __kernel_timespec timeout{.tv_sec = left / 1'000'000'000, .tv_nsec = left % 1'000'000'000};
       result = io_uring_wait_cqe_timeout(&ring_, &cqe, &timeout);

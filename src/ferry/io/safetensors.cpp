@@ -34,7 +34,8 @@ uint64_t checked_header_length(uint64_t length, uint64_t file_size, const std::s
   }
   if (length > file_size - 8) {
     throw_error<FormatError>(
-        "{}: the header claims {} bytes, but only {} follow its length: the file is truncated or not "
+        "{}: the header claims {} bytes, but only {} follow its length: the file is truncated or "
+        "not "
         "safetensors",
         where, length, file_size - 8);
   }
@@ -43,13 +44,13 @@ uint64_t checked_header_length(uint64_t length, uint64_t file_size, const std::s
 
 void check_minimal_size(uint64_t file_size, const std::string& where) {
   if (file_size < 8) {
-    throw_error<FormatError>("{}: got a file of {} bytes, expected at least 8 of a safetensors file",
-                             where, file_size);
+    throw_error<FormatError>(
+        "{}: got a file of {} bytes, expected at least 8 of a safetensors file", where, file_size);
   }
 }
 
-// Receives the JSON as events and keeps only what a header may hold: no tree is built, and duplicate
-// keys, which a tree would swallow, are seen.
+// Receives the JSON as events and keeps only what a header may hold: no tree is built, and
+// duplicate keys, which a tree would swallow, are seen.
 class HeaderHandler : public nlohmann::json_sax<json> {
  public:
   HeaderHandler(SafetensorsHeader& header, const std::string& where)
@@ -90,9 +91,10 @@ class HeaderHandler : public nlohmann::json_sax<json> {
     if (state_ == State::tensor && field_ == "dtype") {
       std::optional<Dtype> dtype = parse_dtype(value);
       if (!dtype) {
-        fail("\"dtype\" is \"{}\", expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, F8_E8M0, "
-             "I64, I32, I16, I8, U64, U32, U16, U8, BOOL",
-             value);
+        fail(
+            "\"dtype\" is \"{}\", expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, F8_E8M0, "
+            "I64, I32, I16, I8, U64, U32, U16, U8, BOOL",
+            value);
       }
       tensor_.dtype = *dtype;
       return true;
@@ -110,15 +112,23 @@ class HeaderHandler : public nlohmann::json_sax<json> {
         state_ = in_metadata_ ? State::metadata : State::tensor;
         if (!in_metadata_) begin_tensor();
         return true;
-      default: return start_nested("an object");
+      default:
+        return start_nested("an object");
     }
   }
   bool end_object() override {
     switch (state_) {
-      case State::skip: return end_nested();
-      case State::tensor: end_tensor(); [[fallthrough]];
-      case State::metadata: state_ = State::top; return true;
-      default: state_ = State::outside; return true;
+      case State::skip:
+        return end_nested();
+      case State::tensor:
+        end_tensor();
+        [[fallthrough]];
+      case State::metadata:
+        state_ = State::top;
+        return true;
+      default:
+        state_ = State::outside;
+        return true;
     }
   }
   bool start_array(size_t) override {
@@ -158,12 +168,14 @@ class HeaderHandler : public nlohmann::json_sax<json> {
         fields_.push_back(key);
         field_ = key;
         return true;
-      default: return true;
+      default:
+        return true;
     }
   }
   bool parse_error(size_t position, const std::string&, const json::exception& error) override {
     std::string_view reason = error.what();
-    if (size_t end = reason.find("] "); end != std::string_view::npos) reason.remove_prefix(end + 2);
+    if (size_t end = reason.find("] "); end != std::string_view::npos)
+      reason.remove_prefix(end + 2);
     fail_top("broken JSON at offset {}: {}", 8 + position, reason);
   }
 
@@ -184,8 +196,10 @@ class HeaderHandler : public nlohmann::json_sax<json> {
   // A scalar where none of the known ones belongs.
   bool scalar(const char* got) {
     switch (state_) {
-      case State::outside: fail_top("got {}, expected an object", got);
-      case State::top: fail_top("\"{}\" is {}, expected an object", tensor_.name, got);
+      case State::outside:
+        fail_top("got {}, expected an object", got);
+      case State::top:
+        fail_top("\"{}\" is {}, expected an object", tensor_.name, got);
       case State::metadata:
         fail_top("__metadata__ \"{}\" is {}, expected a string", metadata_key_, got);
       case State::tensor:
@@ -195,8 +209,10 @@ class HeaderHandler : public nlohmann::json_sax<json> {
         }
         return true;
       case State::shape:
-      case State::offsets: fail("\"{}\" holds {}, expected whole numbers", field_, got);
-      case State::skip: return true;
+      case State::offsets:
+        fail("\"{}\" holds {}, expected whole numbers", field_, got);
+      case State::skip:
+        return true;
     }
     return true;
   }
@@ -206,7 +222,8 @@ class HeaderHandler : public nlohmann::json_sax<json> {
       if (state_ != State::tensor || is_known(field_)) return scalar(got);
       state_ = State::skip;
     }
-    if (++skip_depth_ > kMaxDepth) fail("\"{}\" is nested deeper than {} levels", field_, kMaxDepth);
+    if (++skip_depth_ > kMaxDepth)
+      fail("\"{}\" is nested deeper than {} levels", field_, kMaxDepth);
     return true;
   }
   bool end_nested() {
@@ -276,12 +293,14 @@ void check_ranges(SafetensorsHeader& header, uint64_t data_bytes, const std::str
   for (const TensorInfo& tensor : header.tensors) {
     uint64_t end = tensor.offset + tensor.size_bytes;
     if (tensor.offset < expected) {
-      throw_error<FormatError>("{}: tensor \"{}\" begins at {} and overlaps \"{}\", which ends at {}",
-                               where, tensor.name, tensor.offset, before->name, expected);
+      throw_error<FormatError>(
+          "{}: tensor \"{}\" begins at {} and overlaps \"{}\", which ends at {}", where,
+          tensor.name, tensor.offset, before->name, expected);
     }
     if (end > data_bytes) {
       throw_error<FormatError>(
-          "{}: tensor \"{}\" needs bytes {} to {} of the data, but the file has {}: it is truncated "
+          "{}: tensor \"{}\" needs bytes {} to {} of the data, but the file has {}: it is "
+          "truncated "
           "(an incomplete download?)",
           where, tensor.name, tensor.offset, end, data_bytes);
     }
@@ -305,7 +324,8 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, uin
                                            const std::string& where) {
   check_minimal_size(file_size, where);
   if (bytes.size() < 8) {
-    throw_error<FormatError>("{}: got the first {} bytes, expected at least 8", where, bytes.size());
+    throw_error<FormatError>("{}: got the first {} bytes, expected at least 8", where,
+                             bytes.size());
   }
   uint64_t length = checked_header_length(read_little_endian(bytes.data()), file_size, where);
   if (length > bytes.size() - 8) {

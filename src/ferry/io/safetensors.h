@@ -18,19 +18,19 @@ namespace ferry::io {
 struct TensorInfo {
   std::string name;
   Dtype dtype = Dtype::F32;
-  std::vector<int64_t> shape;   // outermost first
-  uint64_t offset = 0;          // of the first byte, from the start of the file
+  std::vector<int64_t> shape;  // outermost first
+  uint64_t offset = 0;         // of the first byte, from the start of the file
   uint64_t size_bytes = 0;
 };
 
 struct SafetensorsHeader {
   std::vector<TensorInfo> tensors;  // in the order of their offsets
   std::map<std::string, std::string> metadata;
-  uint64_t data_begin = 0;          // 8 + header length
+  uint64_t data_begin = 0;  // 8 + header length
 };
 
-// Parses the 8-byte length and the JSON of a file of `file_size` bytes. `bytes` are the file's first
-// bytes: at least 8, and at least 8 + header length unless the length itself is refused.
+// Parses the 8-byte length and the JSON of a file of `file_size` bytes. `bytes` are the file's
+// first bytes: at least 8, and at least 8 + header length unless the length itself is refused.
 // Throws FormatError naming `where` for: a file too short, a header length over 100 MB or past the
 // end, broken JSON, duplicate keys, an unknown dtype, a negative or overflowing shape, a range that
 // does not match dtype and shape, overlaps, holes, a range past the end, trailing bytes.

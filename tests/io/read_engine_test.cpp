@@ -1,0 +1,340 @@
+#include "ferry/io/read_engine.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <thread>
+
+#include "ferry/base/error.h"
+#include "temp_folder.h"
+
+namespace ferry::io {
+namespace {
+
+using namespace ferry::testing_io;
+using testing::AllOf;
+using testing::HasSubstr;
+
+constexpr size_t kFileBytes = (3 << 20) + 1234;
+constexpr uint64_t kBlock = 4096;
+
+// One file for all tests, in the usual temporary folder and in memory.
+const std::string& content() {
+  static const std::string bytes = random_bytes(kFileBytes, 42);
+  return bytes;
+}
+
+bool uring_works() {
+  static const bool works = [] {
+    try {
+      make_read_engine({.backend = ReadBackend::io_uring});
+      return true;
+    } catch (const IoError&) {
+      return false;
+    }
+  }();
+  return works;
+}
+
+struct Mode {
+  ReadBackend backend;
+  bool direct;
+};
+
+std::string mode_name(const testing::TestParamInfo<Mode>& info) {
+  return std::string(info.param.backend == ReadBackend::io_uring ? "io_uring" : "pread") +
+         (info.param.direct ? "_direct" : "_buffered");
+}
+
+class ReadEngineTest : public testing::TestWithParam<Mode> {
+ protected:
+  void SetUp() override {
+    if (GetParam().backend == ReadBackend::io_uring && !uring_works()) {
+      GTEST_SKIP() << "io_uring is refused here";
+    }
+    write_text(folder_ / "data", content());
+    file_ = File::open(folder_ / "data");
+  }
+  ReadEngineOptions options() const {
+    ReadEngineOptions options;
+    options.backend = GetParam().backend;
+    options.direct = GetParam().direct;
+    options.request_bytes = 64 << 10;
+    return options;
+  }
+  std::string_view seen(const AlignedBuffer& buffer, size_t offset, size_t size) const {
+    return {reinterpret_cast<const char*>(buffer.data()) + offset, size};
+  }
+  TempFolder folder_;
+  std::shared_ptr<const File> file_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Backends, ReadEngineTest,
+                         testing::Values(Mode{ReadBackend::io_uring, true},
+                                         Mode{ReadBackend::io_uring, false},
+                                         Mode{ReadBackend::pread, true},
+                                         Mode{ReadBackend::pread, false}),
+                         mode_name);
+
+TEST_P(ReadEngineTest, WholeFileWithOverRead) {
+  auto engine = make_read_engine(options());
+  EXPECT_EQ(engine->backend(), GetParam().backend);
+  size_t padded = (kFileBytes + kBlock - 1) / kBlock * kBlock;
+  AlignedBuffer buffer(padded);
+  ReadTicketPtr ticket = engine->submit({{file_, 0, padded, kFileBytes, buffer.data()}});
+  engine->wait(ticket);
+  EXPECT_TRUE(ticket->done());
+  EXPECT_EQ(seen(buffer, 0, kFileBytes), content());
+  EXPECT_EQ(engine->bytes_read(), kFileBytes);
+  engine->wait(ticket);  // again is harmless
+}
+
+TEST_P(ReadEngineTest, RandomRangesAgreeWithTheFile) {
+  std::mt19937 random(3);
+  for (unsigned depth : {1u, 2u, 7u, 64u}) {
+    ReadEngineOptions o = options();
+    o.queue_depth = depth;
+    o.request_bytes = 4096u << (random() % 5);
+    auto engine = make_read_engine(o);
+    for (int round = 0; round < 12; ++round) {
+      AlignedBuffer buffer(kFileBytes + (1 << 20));
+      std::vector<ReadRequest> requests;
+      std::vector<ReadRequest> expected;
+      std::byte* at = buffer.data();
+      for (unsigned i = 0; i < 1 + random() % 9; ++i) {
+        bool aligned = random() % 2 == 0;
+        uint64_t offset = random() % kFileBytes;
+        uint64_t size = random() % 200000;
+        if (aligned) {
+          offset = offset / kBlock * kBlock;
+          size = (size + kBlock) / kBlock * kBlock;
+          at = buffer.data() + (at - buffer.data() + kBlock - 1) / kBlock * kBlock;
+        }
+        uint64_t available = std::min<uint64_t>(size, kFileBytes - offset);
+        if (!aligned) size = available;
+        if (static_cast<uint64_t>(at - buffer.data()) + size > buffer.size_bytes()) break;
+        requests.push_back({file_, offset, size, available, at});
+        at += size;
+      }
+      expected = requests;
+      engine->wait(engine->submit(std::move(requests)));
+      for (const ReadRequest& r : expected) {
+        ASSERT_EQ(std::string_view(reinterpret_cast<char*>(r.into), r.min_bytes),
+                  std::string_view(content()).substr(r.offset, r.min_bytes))
+            << r.offset << " " << r.size_bytes;
+      }
+    }
+  }
+}
+
+TEST_P(ReadEngineTest, ManyTicketsReapedInAnyOrder) {
+  auto engine = make_read_engine(options());
+  constexpr size_t kPiece = 128 << 10;
+  constexpr size_t kPieces = 24;
+  AlignedBuffer buffer(kPiece * kPieces);
+  std::vector<ReadTicketPtr> tickets;
+  for (size_t i = 0; i < kPieces; ++i) {
+    tickets.push_back(
+        engine->submit({{file_, i * kPiece, kPiece, kPiece, buffer.data() + i * kPiece}}));
+  }
+  for (size_t i = kPieces; i-- > 0;) engine->wait(tickets[i]);
+  EXPECT_EQ(seen(buffer, 0, kPiece * kPieces),
+            std::string_view(content()).substr(0, buffer.size_bytes()));
+}
+
+TEST_P(ReadEngineTest, PollAloneGetsThere) {
+  ReadEngineOptions o = options();
+  o.queue_depth = 2;
+  auto engine = make_read_engine(o);
+  AlignedBuffer buffer(1 << 20);
+  ReadTicketPtr ticket = engine->submit({{file_, 0, 1 << 20, 1 << 20, buffer.data()}});
+  auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (!ticket->done() && std::chrono::steady_clock::now() < limit) {
+    engine->poll();
+    std::this_thread::yield();
+  }
+  ASSERT_TRUE(ticket->done());
+  EXPECT_EQ(seen(buffer, 0, 1 << 20), std::string_view(content()).substr(0, 1 << 20));
+}
+
+TEST_P(ReadEngineTest, EmptyTickets) {
+  auto engine = make_read_engine(options());
+  std::byte byte{};
+  EXPECT_TRUE(engine->submit({})->done());
+  ReadTicketPtr ticket = engine->submit({{file_, 5, 0, 0, nullptr}, {file_, 0, 0, 0, &byte}});
+  EXPECT_TRUE(ticket->done());
+  engine->wait(ticket);
+  engine->cancel(ticket);
+  EXPECT_EQ(engine->bytes_read(), 0u);
+}
+
+TEST_P(ReadEngineTest, BadRequests) {
+  auto engine = make_read_engine(options());
+  std::byte byte{};
+  EXPECT_THROW(engine->submit({{nullptr, 0, 1, 1, &byte}}), ArgumentError);
+  EXPECT_THROW(engine->submit({{file_, 0, 1, 1, nullptr}}), ArgumentError);
+  EXPECT_THROW(engine->submit({{file_, 0, 1, 2, &byte}}), ArgumentError);
+  EXPECT_THROW(engine->submit({{file_, UINT64_MAX - 1, 1, 1, &byte}}), ArgumentError);
+}
+
+TEST_P(ReadEngineTest, TruncatedWhileOpen) {
+  auto engine = make_read_engine(options());
+  constexpr uint64_t kLeft = (1 << 20) + 100;
+  ASSERT_EQ(::truncate((folder_ / "data").c_str(), kLeft), 0);
+  AlignedBuffer buffer(3 << 20);
+  ReadTicketPtr ticket = engine->submit({{file_, 0, 3 << 20, 3 << 20, buffer.data()}});
+  std::string message = error_of<IoError>([&] { engine->wait(ticket); });
+  EXPECT_THAT(message, AllOf(HasSubstr((folder_ / "data").string()), HasSubstr("offset "),
+                             HasSubstr("expected at least"), HasSubstr("truncated")));
+  EXPECT_TRUE(ticket->done());
+  // The error stays with its ticket: the engine goes on.
+  EXPECT_THROW(engine->wait(ticket), IoError);
+  engine->wait(engine->submit({{file_, 4096, 8192, 8192, buffer.data()}}));
+  EXPECT_EQ(seen(buffer, 0, 8192), std::string_view(content()).substr(4096, 8192));
+}
+
+TEST_P(ReadEngineTest, MinBytesDecideAtTheEnd) {
+  auto engine = make_read_engine(options());
+  AlignedBuffer buffer(kBlock * 2);
+  uint64_t last = kFileBytes / kBlock * kBlock;
+  uint64_t tail = kFileBytes - last;
+  engine->wait(engine->submit({{file_, last, kBlock, tail, buffer.data()}}));
+  EXPECT_EQ(seen(buffer, 0, tail), std::string_view(content()).substr(last));
+  ReadTicketPtr ticket = engine->submit({{file_, last, kBlock, tail + 1, buffer.data()}});
+  EXPECT_THAT(
+      error_of<IoError>([&] { engine->wait(ticket); }),
+      AllOf(HasSubstr("offset " + std::to_string(last)), HasSubstr("got " + std::to_string(tail)),
+            HasSubstr("expected at least " + std::to_string(tail + 1))));
+  // Unset: all of it.
+  ReadTicketPtr unset = engine->submit({{file_, last, kBlock, 0, buffer.data()}});
+  EXPECT_THROW(engine->wait(unset), IoError);
+}
+
+TEST_P(ReadEngineTest, CancelAtRandomTimes) {
+  std::mt19937 random(11);
+  for (int round = 0; round < 40; ++round) {
+    ReadEngineOptions o = options();
+    o.queue_depth = 1 + random() % 16;
+    o.request_bytes = 16 << 10;
+    auto engine = make_read_engine(o);
+    AlignedBuffer first(1 << 20);
+    AlignedBuffer second(1 << 20);
+    ReadTicketPtr a = engine->submit({{file_, 0, 1 << 20, 1 << 20, first.data()}});
+    ReadTicketPtr b = engine->submit({{file_, 1 << 20, 1 << 20, 1 << 20, second.data()}});
+    for (unsigned i = random() % 20; i > 0; --i) engine->poll();
+    if (random() % 2 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
+    bool was_done = a->done();
+    engine->cancel(a);
+    ASSERT_TRUE(a->done());
+    // Nothing writes there any more.
+    std::memset(first.data(), 0x5a, first.size_bytes());
+    if (!was_done) {
+      try {
+        engine->wait(a);  // it may have ended just before
+      } catch (const Cancelled&) {
+      }
+    }
+    engine->wait(b);
+    EXPECT_EQ(seen(second, 0, 1 << 20), std::string_view(content()).substr(1 << 20, 1 << 20));
+    EXPECT_EQ(seen(first, 0, 1 << 20).find_first_not_of('\x5a'), std::string_view::npos);
+  }
+}
+
+TEST_P(ReadEngineTest, CancelledTicketThrowsCancelled) {
+  ReadEngineOptions o = options();
+  o.rate_limit_bytes_per_s = 1 << 20;  // so that it cannot be done yet
+  auto engine = make_read_engine(o);
+  AlignedBuffer buffer(1 << 20);
+  ReadTicketPtr ticket = engine->submit({{file_, 0, 1 << 20, 1 << 20, buffer.data()}});
+  engine->cancel(ticket);
+  EXPECT_TRUE(ticket->done());
+  EXPECT_THROW(engine->wait(ticket), Cancelled);
+}
+
+TEST_P(ReadEngineTest, DestroyedInTheMiddle) {
+  AlignedBuffer buffer(3 << 20);
+  ReadTicketPtr ticket;
+  for (int round = 0; round < 10; ++round) {
+    auto engine = make_read_engine(options());
+    ticket = engine->submit({{file_, 0, 3 << 20, 3 << 20, buffer.data()}});
+    engine.reset();
+    EXPECT_TRUE(ticket->done());
+    std::memset(buffer.data(), 0, buffer.size_bytes());
+  }
+  EXPECT_EQ(seen(buffer, 0, 3 << 20).find_first_not_of('\0'), std::string_view::npos);
+}
+
+TEST_P(ReadEngineTest, RateLimitHolds) {
+  ReadEngineOptions o = options();
+  o.rate_limit_bytes_per_s = 8 << 20;
+  auto engine = make_read_engine(o);
+  AlignedBuffer buffer(2 << 20);
+  auto begin = std::chrono::steady_clock::now();
+  engine->wait(engine->submit({{file_, 0, 2 << 20, 2 << 20, buffer.data()}}));
+  double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  EXPECT_GE(seconds, 0.249);  // 2 MiB at 8 MiB/s
+  EXPECT_LE(seconds, 1.0);
+}
+
+// Reads that wait while the consumer computes are credited that time, as a disk would read on.
+TEST_P(ReadEngineTest, RateLimitCreditsWaitingTime) {
+  ReadEngineOptions o = options();
+  o.rate_limit_bytes_per_s = 4 << 20;
+  auto engine = make_read_engine(o);
+  AlignedBuffer buffer(1 << 20);
+  auto begin = std::chrono::steady_clock::now();
+  ReadTicketPtr ticket = engine->submit({{file_, 0, 1 << 20, 1 << 20, buffer.data()}});
+  std::this_thread::sleep_for(std::chrono::milliseconds(250));
+  engine->wait(ticket);
+  double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  EXPECT_GE(seconds, 0.249);
+  EXPECT_LE(seconds, 0.45);
+}
+
+TEST_P(ReadEngineTest, FilesInMemory) {
+  if (!std::filesystem::is_directory("/dev/shm")) GTEST_SKIP() << "no tmpfs";
+  TempFolder memory("/dev/shm");
+  write_text(memory / "data", content());
+  auto file = File::open(memory / "data");
+  auto engine = make_read_engine(options());
+  AlignedBuffer buffer(kFileBytes);
+  engine->wait(engine->submit({{file, 0, kFileBytes, kFileBytes, buffer.data()}}));
+  EXPECT_EQ(seen(buffer, 0, kFileBytes), content());
+  engine->wait(engine->submit({{file, 8192, 65536, 65536, buffer.data()}}));
+  EXPECT_EQ(seen(buffer, 0, 65536), std::string_view(content()).substr(8192, 65536));
+}
+
+TEST(ReadEngineChoice, UringIsUsedWhereItWorks) {
+  if (!uring_works()) GTEST_SKIP() << "io_uring is refused here";
+  auto engine = make_read_engine();
+  if (std::getenv("FERRY_READ_BACKEND") == nullptr) {
+    EXPECT_EQ(engine->backend(), ReadBackend::io_uring);
+    EXPECT_THAT(engine->reason(), AllOf(HasSubstr("io_uring"), HasSubstr("available")));
+  }
+}
+
+TEST(ReadEngineChoice, VariableOverridesAutomaticOnly) {
+  const char* before = std::getenv("FERRY_READ_BACKEND");
+  std::string saved = before == nullptr ? "" : before;
+  ::setenv("FERRY_READ_BACKEND", "pread", 1);
+  auto engine = make_read_engine();
+  EXPECT_EQ(engine->backend(), ReadBackend::pread);
+  EXPECT_THAT(engine->reason(), HasSubstr("requested"));
+  if (uring_works()) {
+    EXPECT_EQ(make_read_engine({.backend = ReadBackend::io_uring})->backend(),
+              ReadBackend::io_uring);
+  }
+  ::setenv("FERRY_READ_BACKEND", "floppy", 1);
+  EXPECT_THROW(make_read_engine(), ArgumentError);
+  if (before == nullptr) {
+    ::unsetenv("FERRY_READ_BACKEND");
+  } else {
+    ::setenv("FERRY_READ_BACKEND", saved.c_str(), 1);
+  }
+}
+
+}  // namespace
+}  // namespace ferry::io
