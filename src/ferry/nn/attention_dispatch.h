@@ -26,14 +26,14 @@ struct ParallelConfig {};
 struct AttentionOptions {
   // bool (true attends) or additive; [batch, key tokens], or broadcastable to
   // [batch, heads, query tokens, key tokens]. Undefined: none.
-  at::Tensor mask;
+  at::Tensor mask = {};
   // Unset: 1 / sqrt(head_dim).
-  std::optional<double> scale;
+  std::optional<double> scale = std::nullopt;
   bool is_causal = false;
   // Fewer key and value heads than query heads.
   bool enable_gqa = false;
   // Unset: FERRY_ATTENTION_BACKEND, else native.
-  std::optional<AttentionBackend> backend;
+  std::optional<AttentionBackend> backend = std::nullopt;
   const ParallelConfig* parallel_config = nullptr;
 };
 

@@ -6,10 +6,10 @@
 namespace ferry::nn {
 
 struct FeedForwardOptions {
-  std::optional<int64_t> dim_out;
+  std::optional<int64_t> dim_out = std::nullopt;
   int64_t mult = 4;
   // Unset: dim * mult.
-  std::optional<int64_t> inner_dim;
+  std::optional<int64_t> inner_dim = std::nullopt;
   std::string activation_fn = "geglu";
   bool bias = true;
 };

@@ -101,9 +101,9 @@ class Decoder : public nn::Module {
 // Tiles of an image that is encoded or decoded in parts, and how far they overlap.
 struct TilingOptions {
   // Pixels of a tile's side; unset: the config's sample_size.
-  std::optional<int64_t> tile_sample_min_size;
+  std::optional<int64_t> tile_sample_min_size = std::nullopt;
   // Latent values of a tile's side; unset: the above over the autoencoder's factor.
-  std::optional<int64_t> tile_latent_min_size;
+  std::optional<int64_t> tile_latent_min_size = std::nullopt;
   double tile_overlap_factor = 0.25;
 };
 

@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <limits>
-
 #include "ferry/base/error.h"
 
 namespace ferry::models {
@@ -88,7 +86,7 @@ at::Tensor VaeAttention::forward(const at::Tensor& hidden_states) {
   }
   auto split = [&](const at::Tensor& t) { return t.unflatten(-1, {-1, head_dim_}); };
   x = nn::dispatch_attention(split(query), split(key), split(value),
-                             {.mask = {}, .scale = {}, .backend = attention_backend()});
+                             {.backend = attention_backend()});
   x = to_out_0(x.flatten(2, 3).to(query.scalar_type()));  // [batch, pixels, channels]
   return x.transpose(-1, -2).reshape(hidden_states.sizes()) + hidden_states;
 }

@@ -90,7 +90,7 @@ FluxAttentionOutput FluxAttnProcessor::run(FluxAttention& attn, const at::Tensor
   }
 
   at::Tensor out = nn::dispatch_attention(
-      query, key, value, {.mask = attention_mask, .scale = {}, .backend = attn.attention_backend()});
+      query, key, value, {.mask = attention_mask, .backend = attn.attention_backend()});
   out = out.flatten(2, 3).to(query.scalar_type());  // [batch, tokens, dim]
   if (!encoder_hidden_states.defined()) return {out, {}};
 
@@ -161,7 +161,7 @@ void FluxAttention::unfuse_projections() {
 
 FluxTransformerBlock::FluxTransformerBlock(const FluxTransformer2DConfig& config) {
   int64_t dim = config.inner_dim();
-  nn::FeedForwardOptions ff_options{.dim_out = dim, .inner_dim = {}, .activation_fn = "gelu-approximate"};
+  nn::FeedForwardOptions ff_options{.dim_out = dim, .activation_fn = "gelu-approximate"};
   norm1 = register_module("norm1", nn::make<nn::AdaLayerNormZero>(dim));
   norm1_context = register_module("norm1_context", nn::make<nn::AdaLayerNormZero>(dim));
   attn = register_module(
