@@ -1,0 +1,36 @@
+// What the models of Hugging Face transformers have in common here: the spelling of config.json and
+// the handling of named inputs.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "ferry/models/model.h"
+
+namespace ferry::models {
+
+// A model whose config.json names it under `architectures`.
+class TransformersModel : public Model {
+ public:
+  std::string library() const override { return "transformers"; }
+
+ protected:
+  // Adds `architectures`, `model_type` and `dtype` as transformers writes them.
+  nlohmann::ordered_json finish_config(nlohmann::ordered_json json, const std::string& model_type) const;
+
+  // Throws ArgumentError unless `method` is "forward", every required input is there, and every input
+  // and argument is known. (`return_dict` and `use_cache` have no meaning here and are let through.)
+  void check_call(const std::string& method, const NamedTensors& inputs, const nlohmann::json& arguments,
+                  std::initializer_list<const char*> required, std::initializer_list<const char*> optional) const;
+  // Undefined if there is none.
+  static at::Tensor find_input(const NamedTensors& inputs, const char* name);
+  static bool wants_hidden_states(const nlohmann::json& arguments);
+  // Adds "hidden_states.0", … as transformers' tuple.
+  static void add_hidden_states(NamedTensors& outputs, const std::vector<at::Tensor>& hidden_states);
+};
+
+// [batch, tokens] (1 or true: attend) or [batch, 1, query tokens, key tokens] -> bool, broadcastable to
+// [batch, heads, query tokens, key tokens]. An undefined mask stays undefined. Throws ArgumentError.
+at::Tensor expand_attention_mask(const at::Tensor& attention_mask, int64_t tokens);
+
+}  // namespace ferry::models
