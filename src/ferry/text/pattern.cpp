@@ -8,6 +8,7 @@
 
 #include "ferry/base/error.h"
 #include "ferry/text/unicode.h"
+#include "ferry/text/unicode_versions.h"
 
 namespace ferry::text {
 namespace {
@@ -57,39 +58,52 @@ class CodePoints final : public Pattern {
   std::function<bool(char32_t)> test_;
 };
 
-// Rewrites what the two engines read differently. ICU's \s lacks U+000B and U+0085, its \w has
-// other marks, and its \h is a blank where Oniguruma's is a hexadecimal digit.
+// A class such as \p{L}, with the members that ICU lacks.
+std::string property_set(std::string_view name, bool negated) {
+  if (name.starts_with('^')) {
+    name.remove_prefix(1);
+    negated = !negated;
+  }
+  return fmt::format(R"([{}\p{{{}}}{}])", negated ? "^" : "", name, category_additions(name));
+}
+
+// The inside of a set for \w: ICU's has other marks, and Oniguruma's some numbers of Latin-1.
+std::string word_set() {
+  return R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\u00B2\u00B3\u00B9\u00BC-\u00BE)" +
+         category_additions("L") + category_additions("M") + category_additions("Nd");
+}
+
+// Rewrites what the two engines read differently. ICU's \s lacks U+000B and U+0085, its \h is a
+// blank where Oniguruma's is a hexadecimal digit, and its Unicode is older.
 std::string to_icu_syntax(std::string_view expression) {
   std::string out;
   for (size_t i = 0; i < expression.size(); ++i) {
-    const char c = expression[i];
-    if (c == '\\' && i + 1 < expression.size()) {
-      const char escaped = expression[++i];
-      switch (escaped) {
-        case 's':
-          out += "\\p{White_Space}";
-          break;
-        case 'S':
-          out += "\\P{White_Space}";
-          break;
-        case 'w':
-          out += "[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}]";
-          break;
-        case 'W':
-          out += "[^\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}]";
-          break;
-        case 'h':
-          out += "[0-9A-Fa-f]";
-          break;
-        case 'H':
-          out += "[^0-9A-Fa-f]";
-          break;
-        default:
-          out += {'\\', escaped};
-      }
+    if (expression[i] != '\\' || i + 1 == expression.size()) {
+      out += expression[i];
       continue;
     }
-    out += c;
+    const char escaped = expression[++i];
+    if (escaped == 's') {
+      out += R"(\p{White_Space})";
+    } else if (escaped == 'S') {
+      out += R"(\P{White_Space})";
+    } else if (escaped == 'w') {
+      out += "[" + word_set() + "]";
+    } else if (escaped == 'W') {
+      out += "[^" + word_set() + "]";
+    } else if (escaped == 'd' || escaped == 'D') {
+      out += property_set("Nd", escaped == 'D');
+    } else if (escaped == 'h') {
+      out += "[0-9A-Fa-f]";
+    } else if (escaped == 'H') {
+      out += "[^0-9A-Fa-f]";
+    } else if ((escaped == 'p' || escaped == 'P') && expression.substr(i + 1).starts_with('{')) {
+      const size_t close = std::min(expression.find('}', i), expression.size());
+      out += property_set(expression.substr(i + 2, close - i - 2), escaped == 'P');
+      i = close;
+    } else {
+      out += {'\\', escaped};
+    }
   }
   return out;
 }

@@ -8,31 +8,36 @@
 #include <utility>
 
 #include "ferry/base/error.h"
+#include "ferry/text/unicode_versions.h"
 
 namespace ferry::text {
 namespace {
 
 const icu::Normalizer2& icu_normalizer(NormalForm form) {
-  UErrorCode status = U_ZERO_ERROR;
-  const icu::Normalizer2* normalizer = nullptr;
+  using Instance = const icu::Normalizer2* (*)(UErrorCode&);
+  // What is newer than the crate's tables is left as it is.
+  const auto make = [](Instance instance) {
+    UErrorCode status = U_ZERO_ERROR;
+    const icu::Normalizer2* normalizer = instance(status);
+    if (U_FAILURE(status)) {
+      throw_error<Error>("ICU has no normalization data: {}", u_errorName(status));
+    }
+    return icu::FilteredNormalizer2(*normalizer, normalized_code_points());
+  };
+  static const icu::FilteredNormalizer2 nfc = make(icu::Normalizer2::getNFCInstance);
+  static const icu::FilteredNormalizer2 nfd = make(icu::Normalizer2::getNFDInstance);
+  static const icu::FilteredNormalizer2 nfkc = make(icu::Normalizer2::getNFKCInstance);
+  static const icu::FilteredNormalizer2 nfkd = make(icu::Normalizer2::getNFKDInstance);
   switch (form) {
     case NormalForm::nfc:
-      normalizer = icu::Normalizer2::getNFCInstance(status);
-      break;
+      return nfc;
     case NormalForm::nfd:
-      normalizer = icu::Normalizer2::getNFDInstance(status);
-      break;
+      return nfd;
     case NormalForm::nfkc:
-      normalizer = icu::Normalizer2::getNFKCInstance(status);
-      break;
-    case NormalForm::nfkd:
-      normalizer = icu::Normalizer2::getNFKDInstance(status);
-      break;
+      return nfkc;
+    default:
+      return nfkd;
   }
-  if (U_FAILURE(status)) {
-    throw_error<Error>("ICU has no normalization data: {}", u_errorName(status));
-  }
-  return *normalizer;
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "ferry/base/error.h"
+#include "ferry/text/unicode_versions.h"
 
 namespace ferry::text {
 namespace {
@@ -84,13 +85,14 @@ bool is_whitespace(char32_t c) {
 }
 
 bool is_numeric(char32_t c) {
-  return (category_mask(c) & (U_GC_ND_MASK | U_GC_NL_MASK | U_GC_NO_MASK)) != 0;
+  return (category_mask(c) & (U_GC_ND_MASK | U_GC_NL_MASK | U_GC_NO_MASK)) != 0 ||
+         (c > 0xFFFF && numeric_additions().contains(static_cast<UChar32>(c)));
 }
 
 bool is_word(char32_t c) {
   return u_isUAlphabetic(static_cast<UChar32>(c)) ||
          (category_mask(c) & (U_GC_M_MASK | U_GC_ND_MASK | U_GC_PC_MASK)) != 0 || c == 0x200C ||
-         c == 0x200D;
+         c == 0x200D || (c > 0x7F && word_additions().contains(static_cast<UChar32>(c)));
 }
 
 bool is_punctuation(char32_t c) {
@@ -98,17 +100,27 @@ bool is_punctuation(char32_t c) {
     return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') ||
            (c >= '{' && c <= '~');
   }
-  return (category_mask(c) & U_GC_P_MASK) != 0;
+  if (c == 0x166D || c == 0x111C9) return true;  // no longer punctuation in ICU
+  return (category_mask(c) & U_GC_P_MASK) != 0 &&
+         !later_punctuation().contains(static_cast<UChar32>(c));
 }
 
 bool is_mark(char32_t c) {
-  return (category_mask(c) & U_GC_M_MASK) != 0;
+  return c == 0x1CF2 || c == 0x1CF3 ||
+         ((category_mask(c) & U_GC_M_MASK) != 0 &&
+          !later_marks().contains(static_cast<UChar32>(c)));
 }
+
 bool is_mark_nonspacing(char32_t c) {
-  return (category_mask(c) & U_GC_MN_MASK) != 0;
+  return c == 0x1734 || ((category_mask(c) & U_GC_MN_MASK) != 0 &&
+                         !later_nonspacing_marks().contains(static_cast<UChar32>(c)));
 }
+
 bool is_other(char32_t c) {
-  return (category_mask(c) & U_GC_C_MASK) != 0;
+  // Format characters that came after the crate's table.
+  const bool later =
+      c == 0x890 || c == 0x891 || c == 0x8E2 || c == 0x110CD || (c >= 0x13430 && c <= 0x1343F);
+  return (category_mask(c) & (U_GC_CC_MASK | U_GC_CF_MASK | U_GC_CO_MASK)) != 0 && !later;
 }
 
 bool is_chinese(char32_t c) {
@@ -123,7 +135,8 @@ void append_lowercase(std::vector<char32_t>& out, char32_t c) {
     out.push_back('i');
     out.push_back(0x0307);
   } else {
-    out.push_back(static_cast<char32_t>(u_tolower(static_cast<UChar32>(c))));
+    const auto lower = static_cast<char32_t>(u_tolower(static_cast<UChar32>(c)));
+    out.push_back(lower == c && c > 0x1000 ? later_lowercase(c) : lower);
   }
 }
 

@@ -29,7 +29,7 @@ bool is_word(char32_t c);         // \w: alphabetic, marks, decimal digits, conn
 bool is_punctuation(char32_t c);  // ASCII punctuation and symbols, and P*
 bool is_mark(char32_t c);         // Mn, Mc, Me
 bool is_mark_nonspacing(char32_t c);
-bool is_other(char32_t c);    // Cc, Cf, Cs, Co, Cn
+bool is_other(char32_t c);    // Cc, Cf, Co
 bool is_chinese(char32_t c);  // the CJK ideograph blocks, as BERT counts them
 
 // Appends the lowercase of one code point. No context: a final sigma stays σ.
