@@ -1,0 +1,77 @@
+# ferry: everything a developer or a first user runs. `make demo` and `make test` need nothing done
+# by hand before: both call deps and build.
+
+PRESET ?= release
+BUILD   = build/$(PRESET)
+PREFIX ?= $(CURDIR)/dist
+JOBS   ?= $(shell nproc)
+FERRY   = $(BUILD)/apps/ferry/ferry
+PARITY_PYTHON = tools/parity/.venv/bin/python
+SEED   ?= 1
+
+.DEFAULT_GOAL := build
+.PHONY: deps build demo test quality style fixup tidy asan tsan fuzz parity bench install gpu-bundle clean
+
+deps: ## Debian packages and the libtorch wheel (into .venv)
+	@tools/deps.sh
+
+$(BUILD)/build.ninja: | deps
+	cmake --preset $(PRESET)
+
+build: deps $(BUILD)/build.ninja ## everything, tests and examples included
+	cmake --build $(BUILD) -j $(JOBS)
+
+demo: deps $(BUILD)/build.ninja ## pictures from the small model in models/shapes, streamed
+	cmake --build $(BUILD) -j $(JOBS) --target ferry_cli
+	@tools/demo.sh $(FERRY)
+
+test: build ## all tests
+	cd $(BUILD) && ctest --output-on-failure
+
+quality: deps ## format, layers, mirror of tests, models: quick
+	@tools/quality.sh
+
+style: ## formats all sources
+	@tools/format.sh --all
+
+fixup: ## formats what changed since HEAD
+	@tools/format.sh --changed
+
+tidy: $(BUILD)/build.ninja ## clang-tidy; slow: it parses torch's headers
+	@tools/tidy.sh $(BUILD)
+
+asan: deps ## all tests under the address and undefined-behaviour sanitizers; slow
+	cmake --preset asan
+	cmake --build build/asan -j $(JOBS)
+	cd build/asan && ctest --output-on-failure
+
+tsan: deps ## base, io and offload under the thread sanitizer; slow
+	cmake --preset tsan
+	cmake --build build/tsan -j $(JOBS) --target test_base test_io test_offload
+	cd build/tsan && TSAN_OPTIONS="suppressions=$(CURDIR)/tools/tsan.supp" OMP_NUM_THREADS=1 \
+	  ctest --output-on-failure -R '^test_(base|io|offload)$$'
+
+fuzz: deps ## each parser of foreign bytes, five minutes (SECONDS_EACH)
+	@tools/fuzz.sh $(or $(SECONDS_EACH),300)
+
+$(PARITY_PYTHON):
+	tools/parity/setup.sh
+
+parity: build $(PARITY_PYTHON) ## fresh random models against Python diffusers; SEED=n
+	$(PARITY_PYTHON) tools/parity/run.py --seed $(SEED) --ferry $(FERRY)
+
+bench: deps ## side by side with Python diffusers and accelerate
+	cmake --preset $(PRESET) -DFERRY_BUILD_BENCH=ON
+	cmake --build $(BUILD) -j $(JOBS)
+	bench/run.sh $(FERRY)
+
+install: build ## a tree that can be moved: make install PREFIX=DIR
+	cmake --install $(BUILD) --prefix $(PREFIX)
+	@tools/collect_libs.sh $(PREFIX)
+
+gpu-bundle: build ## bin and shared libraries, to be run against the torch of another machine
+	cmake --install $(BUILD) --prefix gpu-bundle
+	@tools/collect_libs.sh gpu-bundle --without-torch
+
+clean:
+	rm -rf build out dist gpu-bundle

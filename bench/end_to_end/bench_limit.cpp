@@ -1,0 +1,148 @@
+// Streaming against its limit, in one process and alternating: the limit is the time until a
+// resident forward and the same reads, unsynchronised and into scratch, are both done
+// (docs/architecture.md). Also the resident forward and the reads, each alone.
+//
+//   bench_limit COMPONENT_DIR INPUTS.safetensors WEIGHTS_MEMORY [THREADS [FORWARDS [ROUNDS]]]
+//
+// Prints one JSON object: medians over the rounds of seconds a forward.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "ferry/base/error.h"
+#include "ferry/base/units.h"
+#include "ferry/hooks/group_offloading.h"
+#include "ferry/models/model.h"
+#include "ferry/weights/checkpoint.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using ferry::models::NamedTensors;
+
+double since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+// The same bytes as a streamed step, in requests of the engine's size, into a scratch of the arena's
+// size that is overwritten again and again.
+class FreeReads {
+ public:
+  FreeReads(const ferry::weights::Checkpoint& checkpoint, uint64_t bytes, uint64_t scratch_bytes)
+      : scratch_(std::max<uint64_t>(scratch_bytes, 64 << 20)) {
+    ferry::io::ReadEngineOptions options;
+    options.queue_depth = 512;
+    engine_ = ferry::io::make_read_engine(options);
+    constexpr uint64_t kRequest = 1 << 20;
+    uint64_t place = 0;
+    for (const auto& file : checkpoint.files()) {
+      for (uint64_t offset = 0; offset + kRequest <= file->size_bytes() && bytes >= kRequest; offset += kRequest) {
+        requests_.push_back({file, offset, kRequest, kRequest, scratch_.data() + place});
+        place = (place + kRequest) % (scratch_.size_bytes() / kRequest * kRequest);
+        bytes -= kRequest;
+      }
+    }
+  }
+  void run() { engine_->wait(engine_->submit(requests_)); }
+
+ private:
+  ferry::io::AlignedBuffer scratch_;
+  std::unique_ptr<ferry::io::ReadEngine> engine_;
+  std::vector<ferry::io::ReadRequest> requests_;
+};
+
+int run(int argc, char** argv) {
+  const std::string folder = argv[1];
+  const uint64_t budget = ferry::parse_bytes(argv[3]);
+  const int threads = argc > 4 ? std::atoi(argv[4]) : 1;
+  const int forwards = argc > 5 ? std::atoi(argv[5]) : 5;
+  const int rounds = argc > 6 ? std::atoi(argv[6]) : 3;
+  at::set_num_threads(threads);
+  c10::InferenceMode inference;
+
+  NamedTensors inputs;
+  auto file = ferry::weights::Checkpoint::open_file(argv[2]);
+  auto streamed = ferry::models::load_model(folder);
+  for (const auto& stored : file->tensors()) {
+    at::Tensor tensor = ferry::weights::read_stored(stored);
+    bool exact = stored.key.ends_with("_ids") || stored.key == "timestep" || stored.key == "guidance";
+    inputs[stored.key] = exact ? tensor : tensor.to(streamed->dtype());
+  }
+  ferry::offload::EngineOptions options;
+  options.weights_memory_bytes = budget;
+  auto engine = std::make_shared<ferry::offload::Engine>(options);
+  auto offloading = ferry::hooks::apply_group_offloading(*streamed, streamed->binding(), engine);
+  auto resident = ferry::models::load_model(folder);
+  resident->load_weights();
+
+  auto drop = [&] {
+    for (const auto& part : resident->binding()->checkpoint->files()) part->drop_cache();
+  };
+  auto forward = [&](ferry::models::Model& model) { return model.forward_named("forward", inputs, {}); };
+  drop();
+  auto begin = Clock::now();
+  NamedTensors out_streamed = forward(*streamed);
+  const double cold_first = since(begin);
+  NamedTensors out_resident = forward(*resident);
+  for (const auto& [name, tensor] : out_resident) {
+    if (!tensor.equal(out_streamed.at(name))) ferry::throw_error<ferry::Error>("{} differs between streamed and resident", name);
+  }
+  const auto plan = offloading->client().plan();
+  FreeReads reads(*resident->binding()->checkpoint, plan.streamed_bytes, plan.arena_bytes);
+
+  std::vector<double> streaming, limit, computing, reading;
+  for (int round = 0; round < rounds; ++round) {
+    drop();
+    forward(*streamed);  // into the steady state
+    begin = Clock::now();
+    for (int i = 0; i < forwards; ++i) forward(*streamed);
+    streaming.push_back(since(begin) / forwards);
+    engine->unload();
+
+    drop();
+    begin = Clock::now();
+    std::thread reader([&] {
+      for (int i = 0; i < forwards; ++i) reads.run();
+    });
+    for (int i = 0; i < forwards; ++i) forward(*resident);
+    reader.join();
+    limit.push_back(since(begin) / forwards);
+
+    begin = Clock::now();
+    for (int i = 0; i < forwards; ++i) forward(*resident);
+    computing.push_back(since(begin) / forwards);
+    begin = Clock::now();
+    for (int i = 0; i < 2; ++i) reads.run();
+    reading.push_back(since(begin) / 2);
+  }
+  const auto report = engine->report();
+  fmt::print(
+      "{{\"threads\": {}, \"weights_memory\": {}, \"streamed_bytes\": {}, \"arena_bytes\": {}, \"resident_bytes\": {}, "
+      "\"cold_first_s\": {:.4f}, \"streamed_s\": {:.4f}, \"limit_s\": {:.4f}, \"ratio\": {:.4f}, \"compute_s\": {:.4f}, "
+      "\"reads_s\": {:.4f}, \"streamed_rounds\": [{:.4f}], \"limit_rounds\": [{:.4f}], \"misses\": {}, \"dropped\": {}}}\n",
+      threads, budget, plan.streamed_bytes, plan.arena_bytes, plan.resident_bytes, cold_first, median(streaming),
+      median(limit), median(streaming) / median(limit), median(computing), median(reading), fmt::join(streaming, ", "),
+      fmt::join(limit, ", "), report.misses, report.dropped);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  if (argc < 4) {
+    fmt::print(stderr, "usage: {} COMPONENT_DIR INPUTS WEIGHTS_MEMORY [THREADS [FORWARDS [ROUNDS]]]\n", argv[0]);
+    return 2;
+  }
+  return run(argc, argv);
+} catch (const std::exception& error) {
+  fmt::print(stderr, "{}\n", error.what());
+  return 1;
+}

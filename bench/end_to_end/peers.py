@@ -1,0 +1,105 @@
+"""One forward mode of Python diffusers on one component folder, timed: a peer of `ferry forward`.
+
+Modes: resident (disable_mmap), hook (accelerate's AlignDevicesHook wired by hand onto the original
+shards: the best route that Python has), group_disk (diffusers' group offloading, block level, to disk).
+Prints one JSON object: load seconds, seconds of each forward, peak resident memory in bytes.
+"""
+import argparse
+import glob
+import json
+import os
+import resource
+import shutil
+import tempfile
+import time
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("mode", choices=["resident", "hook", "group_disk"])
+parser.add_argument("folder")
+parser.add_argument("inputs")
+parser.add_argument("--output")
+parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--repeat", type=int, default=3)
+parser.add_argument("--cold", action="store_true", help="drop the files' pages before each forward")
+args = parser.parse_args()
+
+os.environ["OMP_NUM_THREADS"] = str(args.threads)
+import torch  # noqa: E402
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: E402
+from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device  # noqa: E402
+from diffusers import FluxTransformer2DModel  # noqa: E402
+from diffusers.hooks import apply_group_offloading  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+torch.set_num_threads(args.threads)
+torch.set_grad_enabled(False)
+
+
+def drop(paths):
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+shards = sorted(glob.glob(os.path.join(args.folder, "*.safetensors")))
+inputs = load_file(args.inputs)
+exact = ("img_ids", "txt_ids", "timestep", "guidance")
+inputs = {k: v if k in exact else v.to(torch.bfloat16) for k, v in inputs.items()}
+files = shards
+scratch = None
+start = time.perf_counter()
+if args.mode == "hook":
+    # Every leaf reads its tensors from the shards before its forward and forgets them after.
+    index, where = {}, {}
+    for shard in shards:
+        with safe_open(shard, "pt") as handle:
+            for key in handle.keys():
+                index[key] = {"safetensors_file": shard, "weight_name": key, "dtype": "bfloat16"}
+    from accelerate import init_empty_weights
+    with init_empty_weights():
+        model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(args.folder)).to(torch.bfloat16)
+    loader = OffloadedWeightsLoader(state_dict={}, index=index, save_folder=None)
+
+    class Prefixed(dict):
+        def __init__(self, prefix):
+            self.prefix = prefix
+
+        def __getitem__(self, key):
+            return loader[self.prefix + key]
+
+        def keys(self):
+            return [k[len(self.prefix):] for k in index if k.startswith(self.prefix)]
+
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=Prefixed(name + "."),
+                                    place_submodules=False)
+            add_hook_to_module(module, hook)
+else:
+    model = FluxTransformer2DModel.from_pretrained(args.folder, torch_dtype=torch.bfloat16, disable_mmap=True)
+    if args.mode == "group_disk":
+        scratch = tempfile.mkdtemp(prefix="group_disk.", dir=os.environ.get("TMPDIR", "/tmp"))
+        apply_group_offloading(model, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
+                               offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=scratch)
+        files = glob.glob(os.path.join(scratch, "*"))
+model.eval()
+load_seconds = time.perf_counter() - start
+
+seconds = []
+try:
+    for _ in range(args.repeat):
+        if args.cold:
+            drop(files)
+        start = time.perf_counter()
+        out = model(**inputs, return_dict=False)[0]
+        seconds.append(time.perf_counter() - start)
+    if args.output:
+        save_file({"sample": out.contiguous()}, args.output)
+finally:
+    if scratch:
+        shutil.rmtree(scratch)
+print(json.dumps({"load_seconds": load_seconds, "forward_seconds": seconds,
+                  "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))

@@ -1,0 +1,146 @@
+"""flux-2gb with random weights: ferry against Python diffusers, alternating in one run.
+
+  run.py --ferry build/release/apps/ferry/ferry [--rounds 3] [--threads 1] [--tokens 256+64] ...
+
+Each round runs every mode once as a process of its own; a mode's figure is the median over the
+rounds of the median of its forwards after the first. Prints a table with ratios and peak memory, and
+whether the outputs are equal; --json FILE keeps the figures.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--ferry", default=os.path.join(ROOT, "build/release/apps/ferry/ferry"))
+parser.add_argument("--python", default=os.path.join(ROOT, "tools/parity/.venv/bin/python"))
+parser.add_argument("--limit", default=os.path.join(ROOT, "build/release/bench/end_to_end/bench_limit"))
+parser.add_argument("--model", help="a flux-2gb folder; made and removed if not given")
+parser.add_argument("--tokens", nargs="*", default=["256+64", "1024+256"], help="image+text tokens")
+parser.add_argument("--threads", type=int, nargs="*", default=[1])
+parser.add_argument("--rounds", type=int, default=3)
+parser.add_argument("--repeat", type=int, default=4)
+parser.add_argument("--modes", nargs="*", default=["ferry", "py_resident", "ferry_512", "py_hook", "py_group", "limit"])
+parser.add_argument("--json")
+args = parser.parse_args()
+
+
+def make_inputs(path, image, text):
+    script = f"""
+import torch
+from safetensors.torch import save_file
+torch.manual_seed(0)
+side = int({image} ** 0.5)
+ids = torch.zeros(side, side, 3)
+ids[..., 1] += torch.arange(side)[:, None]
+ids[..., 2] += torch.arange(side)[None, :]
+save_file(dict(hidden_states=torch.randn(1, {image}, 64), encoder_hidden_states=torch.randn(1, {text}, 4096),
+               pooled_projections=torch.randn(1, 768), timestep=torch.full((1,), 0.5),
+               img_ids=ids.reshape(-1, 3).contiguous(), txt_ids=torch.zeros({text}, 3)), {path!r})
+"""
+    subprocess.run([args.python, "-c", script], check=True)
+
+
+def run_mode(mode, model, inputs, threads, work):
+    out = os.path.join(work, mode + ".safetensors")
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    if mode.startswith("py_"):
+        command = [args.python, os.path.join(HERE, "peers.py"),
+                   {"py_resident": "resident", "py_hook": "hook", "py_group": "group_disk"}[mode], model, inputs,
+                   "--output", out, "--threads", str(threads), "--repeat", str(args.repeat)]
+        if mode != "py_resident":
+            command.append("--cold")
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            return {"error": done.stderr[-500:]}
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    if mode == "limit":
+        done = subprocess.run([args.limit, model, inputs, "512MiB", str(threads), "5", "3"], env=env,
+                              capture_output=True, text=True)
+        return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-500:]}
+    stats = os.path.join(work, "stats.json")
+    command = [args.ferry, "forward", model, "--inputs", inputs, "--output", out, "--threads", str(threads),
+               "--repeat", str(args.repeat), "--stats", stats]
+    if mode != "ferry":
+        command += ["--weights-memory", mode.split("_")[1] + "MiB", "--cold"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": done.stderr[-500:]}
+    with open(stats) as handle:
+        return json.load(handle)
+
+
+def main():
+    work = tempfile.mkdtemp(prefix="ferry-bench.", dir=os.environ.get("TMPDIR", "/tmp"))
+    model = args.model or os.path.join(work, "flux-2gb")
+    results = []
+    try:
+        if not args.model:
+            subprocess.run([args.ferry, "random", "FluxTransformer2DModel", "--config", "flux-2gb", "--dtype", "bf16",
+                            "--seed", "1", "--out", model], check=True)
+        for tokens in args.tokens:
+            image, text = map(int, tokens.split("+"))
+            inputs = os.path.join(work, f"inputs-{tokens}.safetensors")
+            make_inputs(inputs, image, text)
+            for threads in args.threads:
+                figures = {mode: [] for mode in args.modes}
+                for index in range(args.rounds):
+                    for mode in args.modes:
+                        if mode == "limit" and index > 0:
+                            continue
+                        figures[mode].append(run_mode(mode, model, inputs, threads, work))
+                        print(f"  round {index + 1} {tokens} t{threads} {mode}: {json.dumps(figures[mode][-1])[:300]}",
+                              file=sys.stderr)
+                row = {"tokens": tokens, "threads": threads, "modes": {}}
+                for mode, runs in figures.items():
+                    good = [r for r in runs if "error" not in r]
+                    if mode == "limit" or not good:
+                        row["modes"][mode] = runs[0] if runs else {}
+                        continue
+                    row["modes"][mode] = {
+                        "median_s": statistics.median(statistics.median(r["forward_seconds"][1:]) for r in good),
+                        "min_s": min(min(r["forward_seconds"][1:]) for r in good),
+                        "first_s": statistics.median(r["forward_seconds"][0] for r in good),
+                        "peak_rss_mib": max(r["peak_rss_bytes"] for r in good) >> 20,
+                    }
+                equal = {}
+                for mode in args.modes:
+                    path = os.path.join(work, mode + ".safetensors")
+                    if mode not in ("ferry", "limit") and os.path.exists(path):
+                        code = ("import sys, torch; from safetensors.torch import load_file as l; a, b = (l(p)['sample'].float() "
+                                "for p in sys.argv[1:]); print(float((a - b).abs().max() / b.abs().max()))")
+                        done = subprocess.run([args.python, "-c", code, os.path.join(work, "ferry.safetensors"), path],
+                                              capture_output=True, text=True)
+                        equal[mode] = float(done.stdout or "nan")
+                row["difference_to_ferry_resident"] = equal
+                results.append(row)
+                print_row(row)
+    finally:
+        subprocess.run(["rm", "-rf", work])
+    if args.json:
+        with open(args.json, "w") as handle:
+            json.dump(results, handle, indent=1)
+
+
+def print_row(row):
+    print(f"\n{row['tokens']} tokens, {row['threads']} thread(s)")
+    modes = row["modes"]
+    for mode, figure in modes.items():
+        if "median_s" in figure:
+            print(f"  {mode:12} median {figure['median_s']:.3f} s  min {figure['min_s']:.3f} s  first {figure['first_s']:.3f} s"
+                  f"  peak {figure['peak_rss_mib']} MiB  difference {row['difference_to_ferry_resident'].get(mode, 0):.1e}")
+        else:
+            print(f"  {mode:12} {json.dumps(figure)[:400]}")
+    for ours, theirs in (("ferry", "py_resident"), ("ferry_512", "py_hook"), ("ferry_512", "py_group")):
+        if "median_s" in modes.get(ours, {}) and "median_s" in modes.get(theirs, {}):
+            print(f"  {theirs} / {ours} = {modes[theirs]['median_s'] / modes[ours]['median_s']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

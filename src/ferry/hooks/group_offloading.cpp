@@ -1,0 +1,281 @@
+#include "ferry/hooks/group_offloading.h"
+
+#include <algorithm>
+#include <map>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "ferry/base/error.h"
+#include "ferry/hooks/row_reader.h"
+#include "ferry/nn/embedding.h"
+#include "ferry/weights/stub.h"
+
+namespace ferry::hooks {
+
+namespace {
+
+constexpr const char* kPassHook = "group_offloading.pass";
+constexpr const char* kLeaseHook = "group_offloading.lease";
+
+// On the root: one run of the component is one pass of the engine.
+class PassHook : public nn::ModuleHook {
+ public:
+  explicit PassHook(offload::Client& client) : client_(client) {}
+  void before(nn::Module&) override { client_.begin_pass(); }
+  void after(nn::Module&) override { client_.end_pass(true); }
+  void failed(nn::Module&) noexcept override { client_.end_pass(false); }
+
+ private:
+  offload::Client& client_;
+};
+
+// On a module that needs groups while it runs. A module may be entered again from within itself.
+class LeaseHook : public nn::ModuleHook {
+ public:
+  LeaseHook(offload::Client& client, std::vector<size_t> groups) : client_(client), groups_(std::move(groups)) {}
+
+  void before(nn::Module&) override {
+    std::vector<offload::Lease> leases;
+    for (size_t group : groups_) leases.push_back(client_.lease(group));
+    held_.push_back(std::move(leases));
+  }
+  void after(nn::Module&) override { held_.pop_back(); }
+  void failed(nn::Module&) noexcept override { held_.pop_back(); }
+
+ private:
+  offload::Client& client_;
+  std::vector<size_t> groups_;
+  std::vector<std::vector<offload::Lease>> held_;
+};
+
+struct Entry {
+  std::string name;     // dotted, "" for the root
+  nn::Module* module;   // the nearest ferry module: where the hook goes
+  const torch::nn::Module* holder;
+};
+
+// All modules below `root`, depth first in registration order. A plain torch::nn module belongs to
+// its nearest ferry ancestor, since it has no call point.
+void walk(torch::nn::Module& module, const std::string& name, nn::Module* nearest, std::vector<Entry>& entries) {
+  if (auto* own = dynamic_cast<nn::Module*>(&module)) nearest = own;
+  entries.push_back({name, nearest, &module});
+  for (const auto& child : module.named_children()) {
+    walk(*child.value(), name.empty() ? child.key() : name + "." + child.key(), nearest, entries);
+  }
+}
+
+bool is_below(const std::string& name, const std::string& ancestor) {
+  return ancestor.empty() || name == ancestor || name.starts_with(ancestor + ".");
+}
+
+// Which module leases what: the grouping of one root.
+class Grouping {
+ public:
+  Grouping(nn::Module& root, const weights::Binding& binding, const GroupOffloadingConfig& config) : config_(config) {
+    walk(root, "", &root, entries_);
+    for (size_t i = 0; i < binding.slots.size(); ++i) {
+      by_tensor_.emplace(binding.slots[i].slot.tensor.unsafeGetTensorImpl(), i);
+    }
+    binding_ = &binding;
+    check_names(config.exclude, "exclude");
+    check_names(config.block_modules, "block_modules");
+  }
+
+  std::vector<offload::Group> groups;
+  // In registration order of the hooked modules: the first guess of the order.
+  std::vector<std::pair<nn::Module*, std::vector<size_t>>> leases;
+  std::vector<const weights::BoundSlot*> excluded;
+  std::vector<std::pair<nn::Embedding*, const weights::BoundSlot*>> tables;
+
+  void build(uint64_t small_slot_bytes) {
+    if (config_.gather_embeddings) find_tables(small_slot_bytes);
+    for (const Entry& entry : entries_) {
+      bool out = std::any_of(config_.exclude.begin(), config_.exclude.end(),
+                             [&](const std::string& name) { return is_below(entry.name, name); });
+      if (out) for_own_slots(entry, [&](size_t slot) { if (taken_.insert(slot).second) excluded.push_back(&bound(slot)); });
+    }
+    if (config_.offload_type == OffloadType::block_level) add_blocks();
+    if (config_.offload_type == OffloadType::leaf_level) {
+      for (const Entry& entry : entries_) add_group(entry.name, {entry}, entry.module);
+    } else {
+      add_group("top level", entries_, entries_.front().module);
+    }
+    std::vector<std::pair<nn::Module*, std::vector<size_t>>> ordered;
+    for (const Entry& entry : entries_) {
+      auto found = wanted_.find(entry.module);
+      if (found == wanted_.end()) continue;
+      ordered.emplace_back(entry.module, std::move(found->second));
+      wanted_.erase(found);
+    }
+    leases = std::move(ordered);
+  }
+
+ private:
+  const weights::BoundSlot& bound(size_t slot) const { return binding_->slots[slot]; }
+
+  void check_names(const std::vector<std::string>& names, const char* option) const {
+    for (const std::string& name : names) {
+      bool known = std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.name == name; });
+      if (!known) throw_error<ArgumentError>("{}: there is no module named '{}'", option, name);
+    }
+  }
+
+  template <class F>
+  void for_own_slots(const Entry& entry, F&& visit) const {
+    auto one = [&](const at::Tensor& tensor) {
+      auto found = by_tensor_.find(tensor.unsafeGetTensorImpl());
+      if (found != by_tensor_.end()) visit(found->second);
+    };
+    for (const auto& item : entry.holder->named_parameters(/*recurse=*/false)) one(item.value());
+    for (const auto& item : entry.holder->named_buffers(/*recurse=*/false)) one(item.value());
+  }
+
+  void find_tables(uint64_t small_slot_bytes) {
+    for (const Entry& entry : entries_) {
+      auto* embedding = dynamic_cast<nn::Embedding*>(entry.module);
+      if (!embedding || entry.holder != embedding) continue;
+      for_own_slots(entry, [&](size_t slot) {
+        if (bound(slot).slot.size_bytes() < small_slot_bytes) return;
+        tables.emplace_back(embedding, &bound(slot));
+        taken_.insert(slot);
+      });
+    }
+  }
+
+  // A group of the slots that `members` hold themselves and no group has yet; `hooked` leases it,
+  // and also the groups that already hold one of these slots (tied and shared weights).
+  void add_group(const std::string& name, const std::vector<Entry>& members, nn::Module* hooked) {
+    std::vector<size_t> own;
+    std::vector<size_t> others;
+    for (const Entry& entry : members) {
+      for_own_slots(entry, [&](size_t slot) {
+        auto group = group_of_.find(slot);
+        if (group != group_of_.end()) {
+          if (group->second != groups.size()) others.push_back(group->second);
+        } else if (taken_.insert(slot).second) {
+          own.push_back(slot);
+          group_of_[slot] = groups.size();
+        }
+      });
+    }
+    std::vector<size_t>& wanted = wanted_[hooked];
+    // The top-level group sees every block's slots; those blocks lease for themselves.
+    if (config_.offload_type == OffloadType::leaf_level) wanted.insert(wanted.end(), others.begin(), others.end());
+    if (!own.empty()) {
+      offload::Group group{name.empty() ? "(root)" : name, {}};
+      for (size_t slot : own) group.slots.push_back(bound(slot));
+      wanted.push_back(groups.size());
+      groups.push_back(std::move(group));
+    }
+    std::sort(wanted.begin(), wanted.end());
+    wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
+    if (wanted.empty()) wanted_.erase(hooked);
+  }
+
+  void add_blocks() {
+    std::vector<std::string> lists;
+    for (const Entry& entry : entries_) {
+      if (!dynamic_cast<const nn::ModuleListBase*>(entry.holder)) continue;
+      if (!config_.block_modules.empty()) {
+        if (std::find(config_.block_modules.begin(), config_.block_modules.end(), entry.name) == config_.block_modules.end()) continue;
+      } else if (std::any_of(lists.begin(), lists.end(), [&](const std::string& outer) { return is_below(entry.name, outer); })) {
+        continue;
+      }
+      lists.push_back(entry.name);
+      add_list(entry);
+    }
+  }
+
+  void add_list(const Entry& list) {
+    const int64_t per_group = std::max<int64_t>(1, config_.num_blocks_per_group);
+    std::vector<std::pair<std::string, nn::Module*>> chunk;
+    auto flush = [&] {
+      if (chunk.empty()) return;
+      std::vector<Entry> members;
+      for (const Entry& entry : entries_) {
+        for (const auto& block : chunk) {
+          if (is_below(entry.name, block.first)) members.push_back(entry);
+        }
+      }
+      const size_t group = groups.size();
+      add_group(chunk.front().first, members, chunk.front().second);
+      if (groups.size() > group) {
+        for (size_t i = 1; i < chunk.size(); ++i) wanted_[chunk[i].second].push_back(group);
+      }
+      chunk.clear();
+    };
+    for (const auto& child : list.holder->named_children()) {
+      auto* block = dynamic_cast<nn::Module*>(child.value().get());
+      if (!block) continue;
+      chunk.emplace_back(list.name + "." + child.key(), block);
+      if (static_cast<int64_t>(chunk.size()) == per_group) flush();
+    }
+    flush();
+  }
+
+  const GroupOffloadingConfig& config_;
+  const weights::Binding* binding_ = nullptr;
+  std::vector<Entry> entries_;
+  std::unordered_map<const c10::TensorImpl*, size_t> by_tensor_;
+  std::unordered_set<size_t> taken_;
+  std::unordered_map<size_t, size_t> group_of_;
+  std::unordered_map<nn::Module*, std::vector<size_t>> wanted_;
+};
+
+}  // namespace
+
+GroupOffloading::~GroupOffloading() { remove(); }
+
+void GroupOffloading::remove() {
+  for (nn::Module* module : hooked_) {
+    module->remove_hook(kLeaseHook);
+    module->remove_hook(kPassHook);
+  }
+  hooked_.clear();
+  for (nn::Module* module : row_sources_) static_cast<nn::Embedding*>(module)->set_row_source(nullptr);
+  row_sources_.clear();
+  client_.reset();
+}
+
+std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root, std::shared_ptr<weights::Binding> binding,
+                                                        std::shared_ptr<offload::Engine> engine,
+                                                        const GroupOffloadingConfig& config, const std::string& name) {
+  if (root.find_hook(kPassHook)) {
+    throw_error<ArgumentError>("{}: group offloading is on already; remove it first to change its options", name);
+  }
+  if (!binding) throw_error<ArgumentError>("{}: has no checkpoint to stream from; save and load it first", name);
+
+  Grouping grouping(root, *binding, config);
+  grouping.build(engine->options().small_slot_bytes);
+  // Weights that were loaded before give their memory back.
+  for (const weights::BoundSlot& bound : binding->slots) {
+    at::Tensor tensor = bound.slot.tensor;
+    if (!weights::is_stub(tensor)) tensor.set_data(weights::make_stub(tensor.sizes(), tensor.scalar_type()));
+  }
+  for (const weights::BoundSlot* bound : grouping.excluded) {
+    at::Tensor tensor = bound->slot.tensor;
+    tensor.set_data(weights::read_tensor(*bound));
+  }
+
+  auto offloading = std::make_shared<GroupOffloading>();
+  offloading->engine_ = engine;
+  offloading->binding_ = std::move(binding);
+  offload::ClientOptions options{.wrap_around = config.wrap_around, .first_order = {}};
+  for (const auto& [module, groups] : grouping.leases) {
+    options.first_order.insert(options.first_order.end(), groups.begin(), groups.end());
+  }
+  offloading->client_ = std::make_unique<offload::Client>(*engine, name, std::move(grouping.groups), options);
+  for (const auto& [embedding, bound] : grouping.tables) {
+    embedding->set_row_source(std::make_shared<RowReader>(*bound));
+    offloading->row_sources_.push_back(embedding);
+  }
+  root.add_hook(kPassHook, std::make_shared<PassHook>(*offloading->client_));
+  offloading->hooked_.push_back(&root);
+  for (const auto& [module, groups] : grouping.leases) {
+    module->add_hook(kLeaseHook, std::make_shared<LeaseHook>(*offloading->client_, groups));
+    offloading->hooked_.push_back(module);
+  }
+  return offloading;
+}
+
+}  // namespace ferry::hooks

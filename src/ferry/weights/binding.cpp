@@ -1,0 +1,144 @@
+#include "ferry/weights/binding.h"
+
+#include <ATen/ATen.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "ferry/base/error.h"
+#include "ferry/tensor/dtype.h"
+#include "ferry/weights/stub.h"
+
+namespace ferry::weights {
+
+namespace {
+
+std::string shape_text(at::IntArrayRef shape) {
+  return fmt::format("[{}]", fmt::join(shape.begin(), shape.end(), ", "));
+}
+
+// All that is wrong with a checkpoint, told at once.
+struct Mismatch {
+  std::vector<std::string> missing, unexpected, shapes;
+
+  bool any() const { return !missing.empty() || !unexpected.empty() || !shapes.empty(); }
+
+  static void append(std::string& text, const char* title, const std::vector<std::string>& lines) {
+    if (lines.empty()) return;
+    constexpr size_t kShown = 40;
+    text += fmt::format("\n  {} ({}):", title, lines.size());
+    for (size_t i = 0; i < std::min(lines.size(), kShown); ++i) text += "\n    " + lines[i];
+    if (lines.size() > kShown) text += fmt::format("\n    … and {} more", lines.size() - kShown);
+  }
+
+  [[noreturn]] void raise(const Checkpoint& checkpoint) const {
+    std::string text = fmt::format("{}: the checkpoint does not fit the model that its config describes",
+                                   checkpoint.files().front()->path().parent_path().string());
+    append(text, "missing keys", missing);
+    append(text, "unexpected keys", unexpected);
+    append(text, "shapes that differ", shapes);
+    throw FormatError(text);
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Binding> bind(const torch::nn::Module& root, std::shared_ptr<const Checkpoint> checkpoint,
+                              const BindOptions& options) {
+  std::vector<Slot> slots = collect_slots(root);
+  std::unordered_map<std::string, size_t> by_name;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    for (const std::string& name : slots[i].names) by_name.emplace(name, i);
+  }
+
+  Mismatch mismatch;
+  std::vector<const StoredTensor*> sources(slots.size(), nullptr);
+  for (const StoredTensor& stored : checkpoint->tensors()) {
+    std::string name = options.map_key ? options.map_key(stored.key) : stored.key;
+    if (name.empty()) continue;
+    auto entry = by_name.find(name);
+    if (entry == by_name.end()) {
+      mismatch.unexpected.push_back(stored.key);
+      continue;
+    }
+    const Slot& slot = slots[entry->second];
+    if (slot.shape() != at::IntArrayRef(stored.shape)) {
+      mismatch.shapes.push_back(fmt::format("{}: got {}, expected {}", stored.key, shape_text(stored.shape),
+                                            shape_text(slot.shape())));
+      continue;
+    }
+    // Tied parameters may be stored under each of their names; any of them will do.
+    if (!sources[entry->second]) sources[entry->second] = &stored;
+  }
+  auto binding = std::make_shared<Binding>();
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (!sources[i]) {
+      bool allowed = options.may_be_missing && options.may_be_missing(slots[i].name());
+      bool told = std::any_of(mismatch.shapes.begin(), mismatch.shapes.end(), [&](const std::string& line) {
+        return line.starts_with(slots[i].name() + ":");
+      });
+      if (!allowed && !told) mismatch.missing.push_back(slots[i].name());
+      continue;
+    }
+    binding->slots.push_back({slots[i], *sources[i]});
+  }
+  if (mismatch.any()) mismatch.raise(*checkpoint);
+
+  for (BoundSlot& bound : binding->slots) {
+    at::ScalarType stored = tensor::to_torch(bound.source.dtype);
+    at::ScalarType wanted = options.dtype ? options.dtype(bound.slot.name(), stored) : stored;
+    bound.slot.tensor.set_data(make_stub(bound.slot.shape(), wanted));
+  }
+  binding->checkpoint = std::move(checkpoint);
+  return binding;
+}
+
+at::Tensor read_stored(const StoredTensor& source) {
+  at::Tensor tensor = at::empty(source.shape, tensor::to_torch(source.dtype));
+  if (source.size_bytes > 0) {
+    source.file->read_exact(source.offset, source.size_bytes, static_cast<std::byte*>(tensor.mutable_data_ptr()));
+  }
+  return tensor;
+}
+
+at::Tensor read_tensor(const BoundSlot& bound) {
+  return read_stored(bound.source).to(bound.slot.dtype());
+}
+
+void load_resident(Binding& binding, io::ReadEngine& engine) {
+  // As many reads in flight as there are tensors is harmless: the engine queues. The window bounds
+  // what a cast holds twice.
+  constexpr size_t kWindow = 16;
+  struct Pending {
+    const BoundSlot* bound;
+    at::Tensor tensor;
+    io::ReadTicketPtr ticket;
+  };
+  std::vector<Pending> pending;
+  auto finish_oldest = [&] {
+    Pending oldest = std::move(pending.front());
+    pending.erase(pending.begin());
+    engine.wait(oldest.ticket);
+    at::Tensor slot_tensor = oldest.bound->slot.tensor;
+    slot_tensor.set_data(oldest.tensor.to(slot_tensor.scalar_type()));
+  };
+  try {
+    for (const BoundSlot& bound : binding.slots) {
+      if (!is_stub(bound.slot.tensor)) continue;
+      if (pending.size() == kWindow) finish_oldest();
+      at::Tensor tensor = at::empty(bound.source.shape, tensor::to_torch(bound.source.dtype));
+      io::ReadRequest request{bound.source.file, bound.source.offset, bound.source.size_bytes,
+                              bound.source.size_bytes, static_cast<std::byte*>(tensor.mutable_data_ptr())};
+      std::vector<io::ReadRequest> requests;
+      if (request.size_bytes > 0) requests.push_back(request);
+      pending.push_back({&bound, tensor, engine.submit(std::move(requests))});
+    }
+    while (!pending.empty()) finish_oldest();
+  } catch (...) {
+    for (const Pending& entry : pending) engine.cancel(entry.ticket);
+    throw;
+  }
+}
+
+}  // namespace ferry::weights

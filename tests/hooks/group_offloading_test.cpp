@@ -1,0 +1,199 @@
+#include "ferry/hooks/group_offloading.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <filesystem>
+
+#include "ferry/base/error.h"
+#include "ferry/io/safetensors.h"
+#include "ferry/nn/embedding.h"
+#include "ferry/nn/linear.h"
+#include "ferry/tensor/dtype.h"
+#include "ferry/weights/stub.h"
+
+namespace ferry::hooks {
+namespace {
+
+namespace fs = std::filesystem;
+
+// A parameter of its own, two linears, and a choice whether the second runs.
+class Block : public nn::Module {
+ public:
+  Block() {
+    scale_ = stub_parameter("scale", {48});
+    first_ = nn::make<nn::Linear>(48, 96);
+    second_ = nn::make<nn::Linear>(96, 48);
+    register_module("first", first_);
+    register_module("second", second_);
+  }
+  at::Tensor forward(const at::Tensor& x, bool skip) {
+    at::Tensor hidden = first_(x * scale_);
+    return skip ? x + hidden.narrow(-1, 0, 48) : x + second_(at::gelu(hidden));
+  }
+
+ private:
+  at::Tensor scale_;
+  nn::Ptr<nn::Linear> first_, second_;
+};
+
+// A table, blocks in a list, and a head that is tied to the table.
+class Net : public nn::Module {
+ public:
+  Net() {
+    table_ = nn::make<nn::Embedding>(100, 48);
+    blocks_ = nn::make<nn::ModuleList<Block>>();
+    out_ = nn::make<nn::Linear>(48, 48);
+    register_module("table", table_);
+    register_module("blocks", blocks_);
+    register_module("out", out_);
+    for (int i = 0; i < 5; ++i) blocks_->push_back(nn::make<Block>());
+  }
+  at::Tensor forward(const at::Tensor& ids, bool skip = false) {
+    at::Tensor x = table_(ids);
+    for (const auto& block : *blocks_) x = block(x, skip);
+    return out_(x);
+  }
+
+ private:
+  nn::Ptr<nn::Embedding> table_;
+  nn::Ptr<nn::ModuleList<Block>> blocks_;
+  nn::Ptr<nn::Linear> out_;
+};
+
+class GroupOffloadingTest : public testing::Test {
+ protected:
+  GroupOffloadingTest() {
+    std::string name = testing::TempDir() + "/hooks.XXXXXX";
+    folder_ = ::mkdtemp(name.data());
+    at::manual_seed(2);
+    std::vector<io::SafetensorsWriter::Entry> entries;
+    std::vector<at::Tensor> values;
+    auto net = nn::make<Net>();
+    for (const weights::Slot& slot : weights::collect_slots(*net)) {
+      entries.push_back({slot.name(), io::Dtype::F32, slot.shape().vec()});
+      values.push_back(at::randn(slot.shape()) * 0.2);
+    }
+    io::SafetensorsWriter writer(folder_ / "model.safetensors", entries);
+    for (const at::Tensor& value : values) {
+      writer.write({static_cast<const std::byte*>(value.const_data_ptr()), static_cast<size_t>(value.nbytes())});
+    }
+    writer.finish();
+    ids_ = at::randint(100, {2, 7});
+    auto [resident, binding] = load();
+    auto reader = io::make_read_engine();
+    weights::load_resident(*binding, *reader);
+    expected_ = resident(ids_, false);
+    expected_skip_ = resident(ids_, true);
+  }
+  ~GroupOffloadingTest() override { fs::remove_all(folder_); }
+
+  std::pair<nn::Ptr<Net>, std::shared_ptr<weights::Binding>> load(std::optional<at::ScalarType> dtype = {}) {
+    auto net = nn::make<Net>();
+    weights::BindOptions options;
+    if (dtype) options.dtype = [=](const std::string&, at::ScalarType) { return *dtype; };
+    auto binding = weights::bind(*net, weights::Checkpoint::open_file(folder_ / "model.safetensors"), options);
+    return {net, binding};
+  }
+
+  static std::shared_ptr<offload::Engine> engine(uint64_t budget, uint64_t small = 0) {
+    offload::EngineOptions options;
+    options.weights_memory_bytes = budget;
+    options.preferred_arena_bytes = 48 << 10;
+    options.small_slot_bytes = small;
+    return std::make_shared<offload::Engine>(options);
+  }
+
+  fs::path folder_;
+  at::Tensor ids_, expected_, expected_skip_;
+};
+
+TEST_F(GroupOffloadingTest, EqualsResidentBitForBit) {
+  for (auto type : {OffloadType::leaf_level, OffloadType::block_level}) {
+    for (int64_t per_group : {1, 2, 7}) {
+      for (uint64_t budget : {uint64_t{90} << 10, uint64_t{300} << 10, uint64_t{4} << 20}) {
+        for (bool gather : {true, false}) {
+          if (type == OffloadType::block_level && per_group * (44 << 10) + (36 << 10) > static_cast<int64_t>(budget)) continue;
+          auto [net, binding] = load();
+          auto shared = engine(budget);
+          auto offloading = apply_group_offloading(*net, binding, shared,
+              {.offload_type = type, .num_blocks_per_group = per_group, .gather_embeddings = gather});
+          for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected_));
+          // Another path through the model, and back.
+          for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(net(ids_, true).equal(expected_skip_));
+          EXPECT_TRUE(net(ids_, false).equal(expected_));
+          EXPECT_LE(shared->report().peak_bytes, budget);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(GroupOffloadingTest, WorksInInferenceMode) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(90 << 10));
+  c10::InferenceMode inference;
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected_));
+}
+
+TEST_F(GroupOffloadingTest, CastsAsAResidentLoadDoes) {
+  auto [resident, resident_binding] = load(at::kBFloat16);
+  auto reader = io::make_read_engine();
+  weights::load_resident(*resident_binding, *reader);
+  auto [net, binding] = load(at::kBFloat16);
+  auto offloading = apply_group_offloading(*net, binding, engine(90 << 10));
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(net(ids_, false).equal(resident(ids_, false)));
+}
+
+TEST_F(GroupOffloadingTest, UnleasedSlotsAreLoud) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(90 << 10));
+  net(ids_, false);
+  offloading->client().unload();
+  for (const weights::Slot& slot : weights::collect_slots(*net)) {
+    EXPECT_TRUE(at::isnan(slot.tensor).all().item<bool>()) << slot.name();
+  }
+}
+
+TEST_F(GroupOffloadingTest, SmallAndExcludedWeightsStay) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(120 << 10, 1 << 10), {.exclude = {"out"}});
+  for (const weights::Slot& slot : weights::collect_slots(*net)) {
+    bool stays = slot.size_bytes() < 1024 || slot.name().starts_with("out.");
+    EXPECT_EQ(!weights::is_stub(slot.tensor), stays) << slot.name();
+  }
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+}
+
+TEST_F(GroupOffloadingTest, RemovingAndApplyingAgain) {
+  auto [net, binding] = load();
+  auto shared = engine(90 << 10);
+  auto offloading = apply_group_offloading(*net, binding, shared);
+  EXPECT_THROW(apply_group_offloading(*net, binding, shared), ArgumentError);
+  net(ids_, false);
+  offloading->remove();
+  auto reader = io::make_read_engine();
+  weights::load_resident(*binding, *reader);
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+  auto again = apply_group_offloading(*net, binding, shared, {.offload_type = OffloadType::block_level});
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+}
+
+TEST_F(GroupOffloadingTest, UnknownNamesAreRefused) {
+  auto [net, binding] = load();
+  EXPECT_THROW(apply_group_offloading(*net, binding, engine(1 << 20), {.exclude = {"nothing"}}), ArgumentError);
+}
+
+TEST_F(GroupOffloadingTest, AnErrorInsideAForwardReleasesEverything) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(90 << 10));
+  EXPECT_ANY_THROW(net(at::full({2, 7}, 1000, at::kLong), false));
+  EXPECT_ANY_THROW(net(at::ones({2, 7}), false));
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+}
+
+}  // namespace
+}  // namespace ferry::hooks

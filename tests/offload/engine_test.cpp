@@ -1,0 +1,342 @@
+#include "ferry/offload/engine.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include "ferry/base/error.h"
+#include "ferry/io/safetensors.h"
+#include "ferry/tensor/dtype.h"
+#include "ferry/weights/stub.h"
+
+namespace ferry::offload {
+namespace {
+
+namespace fs = std::filesystem;
+
+class EngineTest : public testing::Test {
+ protected:
+  EngineTest() {
+    std::string name = testing::TempDir() + "/engine.XXXXXX";
+    folder_ = ::mkdtemp(name.data());
+  }
+  ~EngineTest() override { fs::remove_all(folder_); }
+
+  // One weight and one bias a group, with random values; the file keeps its own order.
+  void write(const std::vector<int64_t>& rows, at::ScalarType dtype = at::kFloat) {
+    at::manual_seed(1);
+    std::vector<io::SafetensorsWriter::Entry> entries;
+    std::vector<at::Tensor> values;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (const auto& shape : {std::vector<int64_t>{rows[i], 64}, std::vector<int64_t>{rows[i]}}) {
+        entries.push_back({(shape.size() == 2 ? "w" : "b") + std::to_string(i), tensor::from_torch(dtype), shape});
+        values.push_back(at::randn(shape).to(dtype));
+        expected_.push_back(values.back());
+      }
+    }
+    io::SafetensorsWriter writer(folder_ / "model.safetensors", entries);
+    for (const at::Tensor& value : values) {
+      writer.write({static_cast<const std::byte*>(value.const_data_ptr()), static_cast<size_t>(value.nbytes())});
+    }
+    writer.finish();
+  }
+
+  std::vector<Group> groups(at::ScalarType wanted = at::kFloat) {
+    auto checkpoint = weights::Checkpoint::open_file(folder_ / "model.safetensors");
+    std::vector<Group> groups;
+    slots_.clear();
+    for (size_t i = 0; i < expected_.size() / 2; ++i) {
+      Group group{"g" + std::to_string(i), {}};
+      for (const char* kind : {"w", "b"}) {
+        const weights::StoredTensor* stored = checkpoint->find(kind + std::to_string(i));
+        weights::Slot slot{{stored->key}, weights::make_stub(stored->shape, wanted)};
+        slots_.push_back(slot.tensor);
+        group.slots.push_back({slot, *stored});
+      }
+      groups.push_back(std::move(group));
+    }
+    return groups;
+  }
+
+  bool is_right(size_t group, at::ScalarType dtype = at::kFloat) const {
+    return slots_[2 * group].equal(expected_[2 * group].to(dtype)) &&
+           slots_[2 * group + 1].equal(expected_[2 * group + 1].to(dtype));
+  }
+
+  void run_pass(Client& client, const std::vector<size_t>& order, at::ScalarType dtype = at::kFloat) {
+    client.begin_pass();
+    for (size_t group : order) {
+      Lease lease = client.lease(group);
+      ASSERT_TRUE(is_right(group, dtype)) << "group " << group;
+    }
+    client.end_pass();
+  }
+
+  void expect_all_stubs() const {
+    for (const at::Tensor& slot : slots_) EXPECT_TRUE(weights::is_stub(slot));
+  }
+
+  static EngineOptions options(uint64_t budget, uint64_t arena = 128 << 10) {
+    EngineOptions options;
+    options.weights_memory_bytes = budget;
+    options.preferred_arena_bytes = arena;
+    options.small_slot_bytes = 0;
+    return options;
+  }
+
+  fs::path folder_;
+  std::vector<at::Tensor> expected_;
+  std::vector<at::Tensor> slots_;
+};
+
+const std::vector<size_t> kInOrder = {0, 1, 2, 3, 4, 5, 6, 7};
+
+TEST_F(EngineTest, StreamsEveryGroupOfEveryPass) {
+  write({100, 30, 200, 7, 150, 64, 90, 120});
+  for (auto backend : {io::ReadBackend::automatic, io::ReadBackend::pread}) {
+    EngineOptions options = EngineTest::options(160 << 10);
+    options.read.backend = backend;
+    Engine engine(options);
+    Client client(engine, "model", groups());
+    for (int pass = 0; pass < 4; ++pass) run_pass(client, kInOrder);
+    Report report = engine.report();
+    EXPECT_EQ(report.leases, 32u);
+    EXPECT_EQ(report.misses, 0u) << "the registration order was right, so nothing had to be asked for";
+    EXPECT_LE(report.peak_bytes, 160u << 10);
+    EXPECT_GT(client.plan().streamed_bytes, 0u);
+  }
+}
+
+TEST_F(EngineTest, SlotsAreStubsOutsideLeases) {
+  write({100, 100, 100, 100});
+  Engine engine(options(64 << 10, 64 << 10));
+  Client client(engine, "model", groups());
+  expect_all_stubs();
+  client.begin_pass();
+  {
+    Lease lease = client.lease(1);
+    EXPECT_TRUE(is_right(1));
+    EXPECT_TRUE(weights::is_stub(slots_[0]));
+  }
+  EXPECT_TRUE(weights::is_stub(slots_[2]));
+  EXPECT_TRUE(at::isnan(slots_[2]).all().item<bool>());
+  client.end_pass();
+}
+
+TEST_F(EngineTest, KeepsTensorIdentity) {
+  write({100, 100});
+  Engine engine(options(40 << 10, 40 << 10));
+  Client client(engine, "model", groups());
+  const c10::TensorImpl* before = slots_[0].unsafeGetTensorImpl();
+  run_pass(client, {0, 1});
+  EXPECT_EQ(slots_[0].unsafeGetTensorImpl(), before);
+}
+
+TEST_F(EngineTest, AnotherOrderIsSlowerNeverWrong) {
+  write({100, 30, 200, 7, 150, 64, 90, 120});
+  std::mt19937 random(5);
+  Engine engine(options(150 << 10));
+  Client client(engine, "model", groups());
+  for (int pass = 0; pass < 200; ++pass) {
+    std::vector<size_t> order;  // some groups twice, some never
+    for (size_t i = 0; i < 1 + random() % 12; ++i) order.push_back(random() % 8);
+    for (int repeat = 0; repeat < 2; ++repeat) run_pass(client, order);
+  }
+  EXPECT_GT(engine.report().misses, 0u);
+}
+
+TEST_F(EngineTest, TheRecordedOrderIsReadAhead) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(150 << 10));
+  Client client(engine, "model", groups());
+  const std::vector<size_t> order = {7, 2, 5, 0, 1, 6, 3, 4};
+  run_pass(client, order);
+  uint64_t misses = engine.report().misses;
+  for (int pass = 0; pass < 3; ++pass) run_pass(client, order);
+  EXPECT_EQ(engine.report().misses, misses);
+}
+
+TEST_F(EngineTest, ReadsEachStreamedByteOnceAStep) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(80 << 10, 80 << 10));
+  Client client(engine, "model", groups());
+  run_pass(client, kInOrder);
+  run_pass(client, kInOrder);
+  uint64_t before = engine.report().bytes_read;
+  for (int pass = 0; pass < 10; ++pass) run_pass(client, kInOrder);
+  uint64_t per_pass = (engine.report().bytes_read - before) / 10;
+  EXPECT_NEAR(static_cast<double>(per_pass), static_cast<double>(client.plan().streamed_bytes), 8 * 4096.0);
+}
+
+TEST_F(EngineTest, CastsToTheWantedDtype) {
+  write({100, 30, 200, 7});
+  for (uint64_t budget : {uint64_t{100} << 10, uint64_t{10} << 20}) {
+    Engine engine(options(budget));
+    Client client(engine, "model", groups(at::kBFloat16));
+    for (int pass = 0; pass < 3; ++pass) run_pass(client, {0, 1, 2, 3}, at::kBFloat16);
+  }
+}
+
+TEST_F(EngineTest, MisalignedDataIsCopied) {
+  // A header of odd length puts every tensor off its item size.
+  const std::string header =
+      R"({"w0":{"dtype":"F32","shape":[50,64],"data_offsets":[0,12800]},"b0":{"dtype":"F32","shape":[50],"data_offsets":[12800,13000]}})";
+  std::string padded = header;
+  while (padded.size() % 4 != 1) padded += ' ';
+  at::Tensor w = at::randn({50, 64}), b = at::randn({50});
+  std::ofstream out(folder_ / "model.safetensors", std::ios::binary);
+  uint64_t length = padded.size();
+  out.write(reinterpret_cast<const char*>(&length), 8);
+  out << padded;
+  out.write(static_cast<const char*>(w.const_data_ptr()), 12800);
+  out.write(static_cast<const char*>(b.const_data_ptr()), 200);
+  out.close();
+  expected_ = {w, b};
+  Engine engine(options(40 << 10, 40 << 10));
+  Client client(engine, "model", groups());
+  for (int pass = 0; pass < 2; ++pass) run_pass(client, {0});
+}
+
+TEST_F(EngineTest, NestedLeasesOfOneGroup) {
+  write({100, 100});
+  Engine engine(options(64 << 10, 64 << 10));
+  Client client(engine, "model", groups());
+  client.begin_pass();
+  Lease outer = client.lease(0);
+  {
+    Lease inner = client.lease(0);
+    EXPECT_TRUE(is_right(0));
+  }
+  EXPECT_TRUE(is_right(0));
+  outer.release();
+  EXPECT_TRUE(weights::is_stub(slots_[0]));
+  client.end_pass();
+}
+
+TEST_F(EngineTest, MoreLeasedThanFitsSaysWhat) {
+  write({100, 100, 100, 100});
+  Engine engine(options(40 << 10, 40 << 10));
+  Client client(engine, "model", groups());
+  client.begin_pass();
+  Lease first = client.lease(0);
+  try {
+    Lease second = client.lease(1);
+    FAIL() << "both fit";
+  } catch (const BudgetError& error) {
+    EXPECT_THAT(error.what(), testing::AllOf(testing::HasSubstr("g1"), testing::HasSubstr("g0")));
+  }
+  first.release();
+  client.end_pass(false);
+  run_pass(client, {0, 1, 2, 3});
+}
+
+TEST_F(EngineTest, ABudgetThatCannotWorkStatesTheLeast) {
+  write({100, 400});
+  Engine engine(options(50 << 10));
+  try {
+    Client client(engine, "model", groups());
+    FAIL() << "accepted";
+  } catch (const BudgetError& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("give at least"));
+  }
+}
+
+TEST_F(EngineTest, TruncatedFileIsAnErrorAndTheEngineLives) {
+  write({100, 100, 100, 100});
+  Engine engine(options(40 << 10, 40 << 10));
+  Client client(engine, "model", groups());
+  run_pass(client, {0, 1, 2, 3});
+  const auto size = fs::file_size(folder_ / "model.safetensors");
+  fs::resize_file(folder_ / "model.safetensors", size / 2);
+  client.begin_pass();
+  EXPECT_THROW(
+      {
+        for (size_t group : {0, 1, 2, 3}) Lease lease = client.lease(group);
+      },
+      IoError);
+  client.end_pass(false);
+  client.unload();
+  expect_all_stubs();
+}
+
+TEST_F(EngineTest, AFileReplacedByRenameFinishesWithTheOld) {
+  write({100, 100, 100, 100});
+  Engine engine(options(40 << 10, 40 << 10));
+  Client client(engine, "model", groups());
+  run_pass(client, {0, 1, 2, 3});
+  std::ofstream(folder_ / "other") << "something else";
+  fs::rename(folder_ / "other", folder_ / "model.safetensors");
+  run_pass(client, {0, 1, 2, 3});
+}
+
+TEST_F(EngineTest, CancellationLeavesTheEngineUsable) {
+  write({100, 30, 200, 7, 150, 64, 90, 120});
+  Engine engine(options(150 << 10));
+  Client client(engine, "model", groups());
+  std::mt19937 random(11);
+  for (int i = 0; i < 200; ++i) {
+    StopSource stop;
+    engine.set_stop_token(stop.token());
+    size_t at = random() % 8;
+    client.begin_pass();
+    EXPECT_THROW(
+        {
+          for (size_t group : kInOrder) {
+            if (group == at) stop.request_stop();
+            Lease lease = client.lease(group);
+          }
+        },
+        Cancelled);
+    client.end_pass(false);
+  }
+  engine.set_stop_token({});
+  run_pass(client, kInOrder);
+}
+
+TEST_F(EngineTest, TwoComponentsShareTheBudget) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(120 << 10, 60 << 10));
+  std::vector<Group> first = groups();
+  std::vector<at::Tensor> first_slots = slots_;
+  std::vector<Group> second = groups();
+  std::vector<at::Tensor> second_slots = slots_;
+  Client a(engine, "a", std::move(first));
+  Client b(engine, "b", std::move(second));
+  for (int round = 0; round < 3; ++round) {
+    slots_ = first_slots;
+    run_pass(a, kInOrder);
+    slots_ = second_slots;
+    run_pass(b, kInOrder);
+    for (const at::Tensor& slot : first_slots) EXPECT_TRUE(weights::is_stub(slot)) << "b is active: a gave back";
+  }
+  EXPECT_LE(engine.report().peak_bytes, 120u << 10);
+}
+
+TEST_F(EngineTest, WithoutReadAheadEveryLeaseIsAMiss) {
+  write({100, 100, 100, 100});
+  EngineOptions options = EngineTest::options(40 << 10, 40 << 10);
+  options.read_ahead = false;
+  Engine engine(options);
+  Client client(engine, "model", groups());
+  for (int pass = 0; pass < 2; ++pass) run_pass(client, {0, 1, 2, 3});
+  EXPECT_EQ(engine.report().misses, 8u);
+}
+
+TEST_F(EngineTest, DestructionWhileReadsAreInFlight) {
+  write({1000, 1000, 1000, 1000});
+  for (int i = 0; i < 20; ++i) {
+    Engine engine(options(600 << 10, 600 << 10));
+    Client client(engine, "model", groups());
+    client.begin_pass();
+    client.lease(0);
+  }
+  expect_all_stubs();
+}
+
+}  // namespace
+}  // namespace ferry::offload
