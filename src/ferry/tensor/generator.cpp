@@ -41,8 +41,9 @@ uint64_t Generator::initial_seed() const {
 }
 
 at::Tensor Generator::get_state() const {
-  std::lock_guard lock(impl_.mutex());
-  return impl_.get_state();
+  at::Generator shared = impl_;  // nor is mutex()
+  std::lock_guard lock(shared.mutex());
+  return shared.get_state();
 }
 
 void Generator::set_state(const at::Tensor& state) {
