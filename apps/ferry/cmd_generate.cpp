@@ -1,0 +1,278 @@
+// ferry generate: pictures from a prompt.
+#include <ATen/ATen.h>
+#include <fmt/ranges.h>
+
+#include <chrono>
+#include <filesystem>
+#include <random>
+
+#include "command.h"
+#include "ferry/base/error.h"
+#include "ferry/base/progress.h"
+#include "ferry/base/system_info.h"
+#include "ferry/base/trace.h"
+#include "ferry/base/units.h"
+#include "ferry/io/atomic_file.h"
+#include "ferry/pipelines/pipeline.h"
+#include "tensor_file.h"
+
+namespace ferry::cli {
+namespace {
+
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+struct GenerateOptions {
+  std::string model, output, latents, output_type = "image", dtype, variant, stats, trace;
+  std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
+  std::optional<int64_t> width, height, steps, max_sequence_length;
+  std::optional<double> guidance_scale, true_cfg_scale;
+  std::optional<uint64_t> seed, weights_memory, io_limit;
+  std::optional<int> threads;
+  int64_t num_images = 1;
+  int quality = 95;
+};
+
+// The bars of the stages, one after the other, and how long each took.
+class Stages {
+ public:
+  Stages(bool quiet, Trace* trace) : quiet_(quiet), trace_(trace) {}
+
+  void update(const pipelines::Progress& progress) {
+    if (progress.stage != stage_) begin(progress);
+    if (bar_) bar_->set(progress.step);
+    if (progress.step == progress.total) end();
+  }
+  const nlohmann::ordered_json& seconds() const { return seconds_; }
+
+ private:
+  void begin(const pipelines::Progress& progress) {
+    end();
+    stage_ = progress.stage;
+    start_ = Clock::now();
+    static const std::map<std::string, std::string> texts = {
+        {"encode", "encoding the prompt"}, {"denoise", "denoising"}, {"decode", "decoding"}};
+    auto text = texts.find(stage_);
+    bar_ = std::make_unique<ProgressBar>(
+        text == texts.end() ? stage_ : text->second, progress.total,
+        ProgressOptions{.mode = quiet_ ? ProgressMode::quiet : ProgressMode::automatic});
+  }
+  void end() {
+    if (!bar_) return;
+    bar_->finish();
+    bar_.reset();
+    auto now = Clock::now();
+    seconds_[stage_] = std::chrono::duration<double>(now - start_).count();
+    if (trace_) trace_->complete("stage", stage_, start_, now, "stages");
+  }
+
+  bool quiet_;
+  Trace* trace_;
+  std::string stage_;
+  Clock::time_point start_;
+  std::unique_ptr<ProgressBar> bar_;
+  nlohmann::ordered_json seconds_ = nlohmann::ordered_json::object();
+};
+
+// a.png -> a-0.png, a-1.png, … where there are several.
+std::string numbered(const std::string& path, size_t index, size_t count) {
+  if (count == 1) return path;
+  fs::path file(path);
+  return (file.parent_path() / fmt::format("{}-{}{}", file.stem().string(), index, file.extension().string())).string();
+}
+
+std::optional<pipelines::Texts> optional_texts(const std::vector<std::string>& texts) {
+  if (texts.empty()) return std::nullopt;
+  return pipelines::Texts(texts);
+}
+
+// What a picture was made from, for its file.
+std::vector<std::pair<std::string, std::string>> picture_text(const GenerateOptions& options, uint64_t seed, size_t index,
+                                                              const pipelines::DiffusionPipeline& pipeline,
+                                                              const pipelines::Image& image) {
+  size_t prompt = std::min(index / static_cast<size_t>(options.num_images), options.prompt.size() - 1);
+  std::vector<std::pair<std::string, std::string>> text = {{"prompt", options.prompt[prompt]}};
+  auto add = [&](const char* key, const auto& value) {
+    if (value) text.emplace_back(key, fmt::format("{}", *value));
+  };
+  if (!options.prompt_2.empty()) text.emplace_back("prompt_2", options.prompt_2[std::min(prompt, options.prompt_2.size() - 1)]);
+  if (!options.negative_prompt.empty()) {
+    text.emplace_back("negative_prompt", options.negative_prompt[std::min(prompt, options.negative_prompt.size() - 1)]);
+  }
+  text.emplace_back("seed", std::to_string(seed));
+  text.emplace_back("image", fmt::format("{} of {}", index + 1, options.prompt.size() * options.num_images));
+  add("steps", options.steps);
+  add("guidance_scale", options.guidance_scale);
+  add("true_cfg_scale", options.true_cfg_scale);
+  add("max_sequence_length", options.max_sequence_length);
+  text.emplace_back("width", std::to_string(image.width));
+  text.emplace_back("height", std::to_string(image.height));
+  text.emplace_back("pipeline", pipeline.class_name());
+  text.emplace_back("model", options.model);
+  if (!options.dtype.empty()) text.emplace_back("dtype", options.dtype);
+  text.emplace_back("Software", "ferry " FERRY_VERSION);
+  return text;
+}
+
+pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uint64_t seed) {
+  pipelines::TextToImageArguments a;
+  a.prompt = pipelines::Texts(options.prompt);
+  a.prompt_2 = optional_texts(options.prompt_2);
+  a.negative_prompt = optional_texts(options.negative_prompt);
+  a.negative_prompt_2 = optional_texts(options.negative_prompt_2);
+  a.true_cfg_scale = options.true_cfg_scale;
+  a.guidance_scale = options.guidance_scale;
+  a.height = options.height;
+  a.width = options.width;
+  a.num_inference_steps = options.steps;
+  a.max_sequence_length = options.max_sequence_length;
+  a.num_images_per_prompt = options.num_images;
+  a.generator = {tensor::Generator().manual_seed(seed)};
+  a.output_type = pipelines::parse_output_type(options.output_type);
+  if (!options.latents.empty()) {
+    auto tensors = load_tensors(options.latents);
+    if (auto it = tensors.find("latents"); it != tensors.end()) {
+      a.latents = it->second;
+    } else if (tensors.size() == 1) {
+      a.latents = tensors.begin()->second;
+    } else {
+      throw_error<ArgumentError>("--latents {}: expected a tensor named \"latents\"", options.latents);
+    }
+  }
+  return a;
+}
+
+int run_generate(const GenerateOptions& options, Context& context) {
+  auto start = Clock::now();
+  bool latent = pipelines::parse_output_type(options.output_type) == pipelines::OutputType::latent;
+  for (const std::string* path : {&options.output, &options.stats, &options.trace}) check_writable_parent(*path);
+  if (latent) {
+    if (fs::path(options.output).extension() != ".safetensors") {
+      throw_error<ArgumentError>("--output {}: latents are written as .safetensors", options.output);
+    }
+  } else {
+    pipelines::check_image_extension(options.output);
+  }
+  set_threads(options.threads);
+  uint64_t seed = options.seed.value_or(std::random_device{}());
+  Trace trace;
+  Trace* tracing = options.trace.empty() ? nullptr : &trace;
+  pipelines::TextToImageArguments arguments = arguments_of(options, seed);
+
+  pipelines::PipelineLoadOptions load;
+  load.dtype = pipelines::DtypeMap::parse(options.dtype);
+  load.variant = options.variant;
+  auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
+  if (options.weights_memory) {
+    offload::EngineOptions engine;
+    engine.weights_memory_bytes = *options.weights_memory;
+    engine.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
+    engine.stop = context.stop;
+    engine.trace = tracing;
+    pipeline->enable_group_offload(std::make_shared<offload::Engine>(engine));
+  }
+  double load_seconds = std::chrono::duration<double>(Clock::now() - start).count();
+
+  Stages stages(context.quiet, tracing);
+  arguments.progress = [&](const pipelines::Progress& progress) { stages.update(progress); };
+  arguments.stop = context.stop;
+  pipelines::PipelineOutput output = pipeline->text_to_image(arguments);
+  context.stop.throw_if_stopped();
+
+  std::vector<std::string> written;
+  std::string size;
+  if (latent) {
+    if (!at::isfinite(output.tensor).all().item<bool>()) {
+      throw_error<Error>("the latents hold NaN or infinite values; nothing was written. Try --dtype fp32 or bf16");
+    }
+    save_tensors(options.output, {{"latents", output.tensor}});
+    written.push_back(options.output);
+    size = fmt::format("latents [{}]", fmt::join(output.tensor.sizes(), ", "));
+  } else {
+    for (size_t i = 0; i < output.images.size(); ++i) {
+      const pipelines::Image& image = output.images[i];
+      written.push_back(numbered(options.output, i, output.images.size()));
+      pipelines::save_image(image, written.back(),
+                            {.quality = options.quality, .text = picture_text(options, seed, i, *pipeline, image)});
+      size = fmt::format("{}x{}", image.width, image.height);
+    }
+  }
+  double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  offload::Report report = pipeline->engine() ? pipeline->engine()->report() : offload::Report{};
+  uint64_t weight_bytes = 0;
+  for (const auto& [name, component] : pipeline->components()) {
+    if (component.model) weight_bytes += weights::total_bytes(weights::collect_slots(*component.model));
+  }
+  if (!options.trace.empty()) io::write_file(options.trace, trace.to_json());
+  if (!options.stats.empty()) {
+    nlohmann::ordered_json stats = {{"pipeline", pipeline->class_name()}, {"seed", seed},
+                                    {"files", written},                   {"load_seconds", load_seconds},
+                                    {"stage_seconds", stages.seconds()},  {"total_seconds", seconds},
+                                    {"bytes_read", report.bytes_read},    {"weight_bytes", weight_bytes},
+                                    {"peak_rss_bytes", peak_rss_bytes()}};
+    if (pipeline->engine()) {
+      stats["weights_memory_bytes"] = *options.weights_memory;
+      stats["peak_weights_bytes"] = report.peak_bytes;
+      stats["stall_seconds"] = report.stall_seconds;
+    }
+    write_json(options.stats, stats);
+  }
+  if (!context.quiet) {
+    fmt::print("{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), size, seed, format_duration(seconds),
+               format_bytes(peak_rss_bytes()),
+               pipeline->engine() ? fmt::format("{} streamed (weights {} in {})", format_bytes(report.bytes_read),
+                                                format_bytes(weight_bytes), format_bytes(report.peak_bytes))
+                                  : fmt::format("weights {} resident", format_bytes(weight_bytes)));
+  }
+  return 0;
+}
+
+}  // namespace
+
+Command add_generate(CLI::App& app) {
+  auto o = std::make_shared<GenerateOptions>();
+  CLI::App* command = app.add_subcommand("generate", "Make pictures from a prompt");
+  command->description(
+      "Makes pictures from a prompt with a pipeline folder as Python diffusers writes it. With\n"
+      "--weights-memory, weights are streamed from disk and take no more memory than that.");
+  command->add_option("-m,--model", o->model, "pipeline folder, or org/repo[@revision] in the local Hugging Face cache")
+      ->required()->type_name("DIR|NAME");
+  // take one value each, so that a prompt never swallows what follows
+  auto texts = [&](const std::string& flags, std::vector<std::string>& into, const std::string& help) {
+    return command->add_option(flags, into, help)->type_name("TEXT")->type_size(1)->allow_extra_args(false);
+  };
+  texts("-p,--prompt", o->prompt, "what to draw; repeat for several pictures")->required();
+  command->add_option("-o,--output", o->output, "file to write: .png, .jpg, .webp (latents: .safetensors)")
+      ->required()->type_name("FILE");
+  texts("--prompt-2", o->prompt_2, "for the second text encoder [default: --prompt]");
+  texts("--negative-prompt", o->negative_prompt, "what not to draw; with --true-cfg-scale above 1");
+  texts("--negative-prompt-2", o->negative_prompt_2, "for the second text encoder");
+  command->add_option("-W,--width", o->width, "pixels")->check(CLI::PositiveNumber)->type_name("N");
+  command->add_option("-H,--height", o->height, "pixels")->check(CLI::PositiveNumber)->type_name("N");
+  command->add_option("--steps", o->steps, "denoising steps [default: 28]")->check(CLI::PositiveNumber)->type_name("N");
+  command->add_option("--guidance-scale", o->guidance_scale, "for models with guidance embeddings [default: 3.5]")
+      ->type_name("X");
+  command->add_option("--true-cfg-scale", o->true_cfg_scale, "classifier-free guidance, two passes a step [default: 1]")
+      ->type_name("X");
+  command->add_option("--max-sequence-length", o->max_sequence_length, "tokens of the prompt, at most 512 [default: 512]")
+      ->check(CLI::Range(1, 512))->type_name("N");
+  command->add_option("-s,--seed", o->seed, "of the noise [default: random, and told]")->type_name("N");
+  command->add_option("-n,--num-images", o->num_images, "pictures of each prompt")->check(CLI::PositiveNumber)
+      ->type_name("N")->capture_default_str();
+  command->add_option("--latents", o->latents, "start from these packed latents (safetensors)")->type_name("FILE");
+  command->add_option("--output-type", o->output_type, "image or latent")->check(CLI::IsMember({"image", "latent"}))
+      ->capture_default_str();
+  command->add_option("--quality", o->quality, "of JPEG and WebP")->check(CLI::Range(1, 100))->capture_default_str();
+  command->add_option("--dtype", o->dtype, "bf16, fp16 or fp32; or transformer=bf16,vae=fp32 [default: as stored]")
+      ->type_name("DTYPE");
+  command->add_option("--variant", o->variant, "weights variant, e.g. fp16")->type_name("NAME");
+  command->add_option("--threads", o->threads, "compute threads")->check(CLI::PositiveNumber)->type_name("N");
+  add_bytes(command, "--weights-memory", o->weights_memory,
+            "stream the weights under this budget, e.g. 6GB or 512MiB [default: all in memory]");
+  add_rate(command, "--io-limit", o->io_limit, "read no faster than this, e.g. 500MB/s");
+  command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")->type_name("FILE");
+  command->add_option("--trace", o->trace, "write a Chrome/Perfetto trace")->type_name("FILE");
+  return {command, [o](Context& context) { return run_generate(*o, context); }};
+}
+
+}  // namespace ferry::cli

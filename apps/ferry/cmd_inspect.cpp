@@ -1,0 +1,264 @@
+// ferry inspect: what is in a folder or file, and what streaming it would take.
+#include <algorithm>
+#include <filesystem>
+#include <map>
+
+#include "command.h"
+#include "ferry/base/error.h"
+#include "ferry/base/units.h"
+#include "ferry/io/json_file.h"
+#include "ferry/models/model.h"
+#include "ferry/offload/plan.h"
+#include "ferry/pipelines/hub.h"
+#include "ferry/weights/checkpoint.h"
+
+namespace ferry::cli {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+struct InspectOptions {
+  std::string path, traits, variant;
+  bool json = false, tensors = false;
+};
+
+Json describe_checkpoint(const weights::Checkpoint& checkpoint, bool list_tensors) {
+  uint64_t parameters = 0;
+  std::map<std::string, uint64_t> bytes_by_dtype;
+  Json tensors = Json::array();
+  for (const weights::StoredTensor& tensor : checkpoint.tensors()) {
+    parameters += tensor.size_bytes / io::item_size(tensor.dtype);
+    bytes_by_dtype[std::string(io::name(tensor.dtype))] += tensor.size_bytes;
+    if (list_tensors) {
+      tensors.push_back({{"name", tensor.key},
+                         {"dtype", io::name(tensor.dtype)},
+                         {"shape", tensor.shape},
+                         {"bytes", tensor.size_bytes},
+                         {"file", tensor.file->path().filename().string()},
+                         {"offset", tensor.offset}});
+    }
+  }
+  Json files = Json::array();
+  for (const auto& file : checkpoint.files()) {
+    files.push_back({{"name", file->path().filename().string()}, {"bytes", file->size_bytes()}});
+  }
+  Json description = {{"tensors", checkpoint.tensors().size()},
+                      {"parameters", parameters},
+                      {"bytes", checkpoint.total_bytes()},
+                      {"bytes_by_dtype", bytes_by_dtype},
+                      {"files", files}};
+  if (!checkpoint.metadata().empty()) description["metadata"] = checkpoint.metadata();
+  if (list_tensors) description["tensor_list"] = tensors;
+  return description;
+}
+
+// The leaves that leaf-level offloading would move, with the room that each takes in the arena.
+Json describe_streaming(const models::Model& model) {
+  std::map<std::string, uint64_t> leaves;
+  for (const weights::Slot& slot : weights::collect_slots(model)) {
+    size_t dot = slot.name().rfind('.');
+    leaves[dot == std::string::npos ? "" : slot.name().substr(0, dot)] += slot.size_bytes();
+  }
+  std::vector<offload::GroupCost> costs;
+  std::pair<std::string, uint64_t> largest;
+  for (const auto& [name, bytes] : leaves) {
+    costs.push_back({name, bytes, bytes + 2 * 4096});  // what direct reads take beyond both ends
+    if (bytes > largest.second) largest = {name, bytes};
+  }
+  uint64_t smallest = offload::smallest_budget(costs);
+  return {{"leaves", leaves.size()},
+          {"largest_leaf", largest.first},
+          {"largest_leaf_bytes", largest.second},
+          {"smallest_budget_bytes", smallest},
+          {"comfortable_budget_bytes", 2 * largest.second + (64ull << 20)}};
+}
+
+Json describe_component(const fs::path& folder, const InspectOptions& options, const std::string& class_hint) {
+  Json config = Json::parse(io::read_text_file(folder / "config.json"));
+  std::string class_name = class_hint;
+  if (class_name.empty() && config.contains("_class_name")) class_name = config["_class_name"];
+  if (class_name.empty() && config.contains("architectures") && !config["architectures"].empty()) {
+    class_name = config["architectures"][0];
+  }
+  Json description = {{"class", class_name}};
+  std::string base;
+  for (const char* candidate : {"diffusion_pytorch_model", "model"}) {
+    std::string with_variant = candidate + (options.variant.empty() ? "" : "." + options.variant);
+    for (const std::string& name : {std::string(candidate), with_variant}) {
+      if (fs::exists(folder / (name + ".safetensors")) || fs::exists(folder / (name + ".safetensors.index.json")) ||
+          fs::exists(folder / fmt::format("{}.safetensors.index.{}.json", candidate, options.variant))) {
+        base = candidate;
+      }
+    }
+  }
+  if (base.empty()) {
+    description["problem"] = "no safetensors weights in this folder";
+    return description;
+  }
+  auto checkpoint = weights::Checkpoint::open_folder(folder, base, options.variant);
+  description.update(describe_checkpoint(*checkpoint, options.tensors));
+  bool known = std::any_of(models::model_classes().begin(), models::model_classes().end(),
+                           [&](const auto& entry) { return entry.name == class_name; });
+  description["supported"] = known;
+  if (known) {
+    try {
+      auto model = models::load_model(folder, {.variant = options.variant}, class_name);
+      description["streaming"] = describe_streaming(*model);
+    } catch (const Error& error) {
+      description["problem"] = error.what();
+    }
+  }
+  return description;
+}
+
+Json describe_pipeline(const fs::path& folder, const InspectOptions& options) {
+  Json index = Json::parse(io::read_text_file(folder / "model_index.json"));
+  Json description = {{"kind", "pipeline"}, {"class", index.value("_class_name", "")}, {"path", folder.string()}};
+  Json components = Json::object();
+  for (const auto& [name, value] : index.items()) {
+    if (name.starts_with("_")) continue;
+    if (!value.is_array() || value.size() != 2) {
+      description["settings"][name] = value;
+      continue;
+    }
+    if (value[0].is_null() || value[1].is_null()) {
+      components[name] = {{"class", nullptr}};
+      continue;
+    }
+    Json component = {{"class", value[1]}, {"library", value[0]}};
+    try {
+      if (fs::exists(folder / name / "config.json")) {
+        component.update(describe_component(folder / name, options, value[1]));
+      } else if (!fs::is_directory(folder / name)) {
+        component["problem"] = "the folder is missing";
+      }
+    } catch (const Error& error) {
+      component["problem"] = error.what();
+    }
+    components[name] = component;
+  }
+  description["components"] = components;
+  uint64_t bytes = 0, parameters = 0, smallest = 0;
+  for (const auto& component : components) {
+    bytes += component.value("bytes", uint64_t{0});
+    parameters += component.value("parameters", uint64_t{0});
+    if (component.contains("streaming")) {
+      smallest = std::max(smallest, component["streaming"]["smallest_budget_bytes"].get<uint64_t>());
+    }
+  }
+  description["parameters"] = parameters;
+  description["bytes"] = bytes;
+  description["smallest_budget_bytes"] = smallest;
+  return description;
+}
+
+std::string count_text(uint64_t count) {
+  if (count >= 1'000'000'000) return fmt::format("{:.2f} B", static_cast<double>(count) / 1e9);
+  if (count >= 1'000'000) return fmt::format("{:.1f} M", static_cast<double>(count) / 1e6);
+  return fmt::format("{:.1f} k", static_cast<double>(count) / 1e3);
+}
+
+void print_weights(const Json& d, const char* indent) {
+  if (d.contains("parameters") && d.contains("files")) {
+    std::string dtypes;
+    for (const auto& [dtype, bytes] : d["bytes_by_dtype"].items()) {
+      dtypes += fmt::format("{}{} {}", dtypes.empty() ? "" : ", ", dtype, format_bytes(bytes.get<uint64_t>()));
+    }
+    fmt::print("{}{} parameters in {} tensors; {}; {} file{}\n", indent, count_text(d["parameters"]), d["tensors"].get<size_t>(),
+               dtypes, d["files"].size(), d["files"].size() == 1 ? "" : "s");
+  }
+  if (d.contains("streaming")) {
+    const Json& s = d["streaming"];
+    fmt::print("{}streaming: at least about {}; largest leaf {} ({}); comfortable from {}\n", indent,
+               format_bytes(s["smallest_budget_bytes"]), format_bytes(s["largest_leaf_bytes"]),
+               s["largest_leaf"].get<std::string>(), format_bytes(s["comfortable_budget_bytes"]));
+  }
+  if (d.contains("supported") && !d["supported"].get<bool>()) fmt::print("{}ferry does not have this class\n", indent);
+  if (d.contains("problem")) fmt::print("{}problem: {}\n", indent, d["problem"].get<std::string>());
+  if (d.contains("tensor_list")) {
+    for (const Json& t : d["tensor_list"]) {
+      fmt::print("{}  {} {} {}\n", indent, t["name"].get<std::string>(), t["dtype"].get<std::string>(), t["shape"].dump());
+    }
+  }
+}
+
+void print_description(const Json& d) {
+  if (d["kind"] == "pipeline") {
+    fmt::print("{}: {}, {} parameters, {}\n", d["path"].get<std::string>(), d["class"].get<std::string>(),
+               count_text(d["parameters"]), format_bytes(d["bytes"]));
+    for (const auto& [name, component] : d["components"].items()) {
+      if (component["class"].is_null()) {
+        fmt::print("  {}: none\n", name);
+        continue;
+      }
+      fmt::print("  {}: {}\n", name, component["class"].get<std::string>());
+      print_weights(component, "      ");
+    }
+    if (d.contains("settings")) fmt::print("  settings: {}\n", d["settings"].dump());
+    if (d["smallest_budget_bytes"] > 0) {
+      fmt::print("ferry generate --weights-memory needs at least about {}\n", format_bytes(d["smallest_budget_bytes"]));
+    }
+  } else {
+    fmt::print("{}: {}\n", d["path"].get<std::string>(), d.value("class", "safetensors file"));
+    print_weights(d, "  ");
+  }
+}
+
+// What the model class declares, under Python's names.
+Json traits_of(const std::string& class_name) {
+  auto model = models::make_model(class_name, Json::object());
+  models::Traits traits = model->traits();
+  return {{"_keep_in_fp32_modules", traits.keep_in_fp32_modules},
+          {"_no_split_modules", traits.no_split_modules},
+          {"_skip_layerwise_casting_patterns", traits.skip_layerwise_casting_patterns},
+          {"_repeated_blocks", traits.repeated_blocks},
+          {"_tied_weights_keys", traits.tied_keys}};
+}
+
+int run_inspect(const InspectOptions& options, Context&) {
+  if (!options.traits.empty()) {
+    fmt::print("{}\n", traits_of(options.traits).dump(2));
+    return 0;
+  }
+  if (options.path.empty()) throw_error<ArgumentError>("inspect: give a folder, a file or --traits CLASS");
+  Json description;
+  if (fs::is_regular_file(options.path)) {
+    description = {{"kind", "file"}, {"path", options.path}};
+    description.update(describe_checkpoint(*weights::Checkpoint::open_file(options.path), options.tensors));
+  } else {
+    fs::path folder = pipelines::resolve_folder(options.path);
+    if (fs::exists(folder / "model_index.json")) {
+      description = describe_pipeline(folder, options);
+    } else if (fs::exists(folder / "config.json")) {
+      description = {{"kind", "component"}, {"path", folder.string()}};
+      description.update(describe_component(folder, options, ""));
+    } else {
+      throw_error<IoError>("{}: neither a pipeline (model_index.json) nor a component (config.json)", folder.string());
+    }
+  }
+  if (options.json) {
+    fmt::print("{}\n", description.dump(2));
+  } else {
+    print_description(description);
+  }
+  return 0;
+}
+
+}  // namespace
+
+Command add_inspect(CLI::App& app) {
+  auto options = std::make_shared<InspectOptions>();
+  CLI::App* command = app.add_subcommand("inspect", "Show what is in a model folder or file");
+  command->description("Shows components, classes, parameters, bytes by dtype, files, and what streaming would take.\n"
+                       "Reads headers only.");
+  command->add_option("path", options->path, "pipeline or component folder, safetensors file, or org/repo[@revision]")
+      ->type_name("DIR|FILE");
+  command->add_flag("--json", options->json, "print JSON");
+  command->add_flag("--tensors", options->tensors, "also list every tensor");
+  command->add_option("--variant", options->variant, "weights variant, e.g. fp16")->type_name("NAME");
+  command->add_option("--traits", options->traits, "print what a model class declares, as JSON")->type_name("CLASS");
+  return {command, [options](Context& context) { return run_inspect(*options, context); }};
+}
+
+}  // namespace ferry::cli
