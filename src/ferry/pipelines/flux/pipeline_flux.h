@@ -1,0 +1,121 @@
+// Text to image with Flux: diffusers' FluxPipeline (0.42.1, pipelines/flux/pipeline_flux.py).
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ferry/pipelines/pipeline.h"
+
+namespace ferry::pipelines {
+
+class FluxPipeline;
+
+// Tensors by their Python names, to and from callback_on_step_end.
+using CallbackTensors = std::map<std::string, at::Tensor>;
+
+// The arguments of FluxPipeline.__call__, under their names.
+struct FluxPipelineArguments {
+  Texts prompt;
+  // For the T5 encoder; unset: `prompt`. One stands for all prompts (also the negative ones).
+  std::optional<Texts> prompt_2;
+  std::optional<Texts> negative_prompt;
+  std::optional<Texts> negative_prompt_2;
+  // Above 1 and with a negative prompt: a second pass over the transformer in every step.
+  double true_cfg_scale = 1.0;
+  // Pixels; rounded down to what the transformer's patches cover. Unset: 128 latents.
+  std::optional<int64_t> height, width;
+  int64_t num_inference_steps = 28;
+  std::optional<std::vector<double>> sigmas;
+  // Only for transformers with guidance embeddings (FLUX.1-dev).
+  double guidance_scale = 3.5;
+  int64_t num_images_per_prompt = 1;
+  // One draws the whole batch; or one for each picture; none is torch's default.
+  std::vector<tensor::Generator> generator;
+  // Packed: [batch, tokens, channels].
+  std::optional<at::Tensor> latents;
+  // [batch, tokens, joint_attention_dim] and [batch, pooled_projection_dim], in the place of a prompt.
+  std::optional<at::Tensor> prompt_embeds, pooled_prompt_embeds;
+  std::optional<at::Tensor> negative_prompt_embeds, negative_pooled_prompt_embeds;
+  OutputType output_type = OutputType::image;
+  nlohmann::json joint_attention_kwargs = nlohmann::json::object();
+  // Called after each step with the tensors named below; what it returns replaces "latents" and
+  // "prompt_embeds". `timestep` is one of the scheduler's, a scalar.
+  std::function<CallbackTensors(FluxPipeline& pipeline, int64_t step, const at::Tensor& timestep,
+                                const CallbackTensors& tensors)>
+      callback_on_step_end;
+  // Of "latents" and "prompt_embeds".
+  std::vector<std::string> callback_on_step_end_tensor_inputs = {"latents"};
+  int64_t max_sequence_length = 512;
+
+  ProgressCallback progress;
+  StopToken stop;
+};
+
+// Components: scheduler, transformer, vae, and where prompts are text: text_encoder (CLIP), tokenizer,
+// text_encoder_2 (T5), tokenizer_2.
+class FluxPipeline : public DiffusionPipeline {
+ public:
+  FluxPipeline(std::map<std::string, Component> components, nlohmann::ordered_json config);
+
+  std::string class_name() const override { return "FluxPipeline"; }
+  PipelineOutput text_to_image(const TextToImageArguments& arguments) override;
+
+  // Records no autograd graph. Throws ArgumentError (arguments that contradict each other), Error (a
+  // picture with NaN), Cancelled, and what reading weights throws.
+  PipelineOutput operator()(const FluxPipelineArguments& arguments);
+
+  struct PromptEmbeds {
+    at::Tensor prompt_embeds;         // [batch * num_images, tokens, joint_attention_dim]
+    at::Tensor pooled_prompt_embeds;  // [batch * num_images, pooled_projection_dim]
+    at::Tensor text_ids;              // [tokens, 3], zeros
+  };
+  // In the transformer's dtype. Pictures of one prompt lie beside each other.
+  PromptEmbeds encode_prompt(const Texts& prompt, const Texts& prompt_2, int64_t num_images_per_prompt = 1,
+                             int64_t max_sequence_length = 512);
+
+  // Ends the running generation after this step (from a callback); the rest of the steps are skipped.
+  void set_interrupt(bool interrupt) { interrupt_ = interrupt; }
+  bool interrupt() const { return interrupt_; }
+  // Of the running generation.
+  double guidance_scale() const { return guidance_scale_; }
+  int64_t num_timesteps() const { return num_timesteps_; }
+  const at::Tensor& current_timestep() const { return current_timestep_; }
+
+  // Pixels a latent covers in each direction.
+  int64_t vae_scale_factor() const { return vae_scale_factor_; }
+
+  // [batch, channels, height, width] -> [batch, height/2 * width/2, channels * 4]
+  static at::Tensor pack_latents(const at::Tensor& latents);
+  // The inverse; height and width of the picture, in pixels.
+  static at::Tensor unpack_latents(const at::Tensor& latents, int64_t height, int64_t width, int64_t vae_scale_factor);
+  // [height * width, 3]: 0, row, column of each token.
+  static at::Tensor latent_image_ids(int64_t height, int64_t width, at::ScalarType dtype, at::Device device);
+
+ private:
+  struct Run;
+  void check_inputs(const FluxPipelineArguments& arguments, int64_t height, int64_t width) const;
+  PromptEmbeds conditioning(const std::optional<Texts>& prompt, const std::optional<Texts>& prompt_2,
+                            const std::optional<at::Tensor>& embeds, const std::optional<at::Tensor>& pooled,
+                            int64_t batch, const FluxPipelineArguments& arguments);
+  at::Tensor clip_embeds(const Texts& prompt);
+  at::Tensor t5_embeds(const Texts& prompt, int64_t max_sequence_length);
+  at::Tensor prepare_latents(const FluxPipelineArguments& arguments, int64_t batch, int64_t height, int64_t width);
+  void set_timesteps(const FluxPipelineArguments& arguments, int64_t image_tokens);
+  at::Tensor predict(const at::Tensor& latents, const at::Tensor& timestep, const at::Tensor& guidance,
+                     const PromptEmbeds& embeds, const at::Tensor& image_ids, const nlohmann::json& attention_kwargs);
+  at::Tensor decode(const at::Tensor& latents, int64_t height, int64_t width);
+
+  int64_t vae_scale_factor_ = 8;
+  bool interrupt_ = false;
+  double guidance_scale_ = 0;
+  int64_t num_timesteps_ = 0;
+  at::Tensor current_timestep_;
+};
+
+// The shift of the noise schedule for a picture of so many tokens.
+double calculate_shift(int64_t image_seq_len, int64_t base_seq_len = 256, int64_t max_seq_len = 4096,
+                       double base_shift = 0.5, double max_shift = 1.15);
+
+}  // namespace ferry::pipelines

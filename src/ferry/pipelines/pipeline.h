@@ -1,0 +1,163 @@
+// What every pipeline is (diffusers' DiffusionPipeline): named components from one folder, and what
+// is done with all of them together.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ferry/base/stop_token.h"
+#include "ferry/hooks/group_offloading.h"
+#include "ferry/models/model.h"
+#include "ferry/offload/engine.h"
+#include "ferry/pipelines/image.h"
+#include "ferry/schedulers/scheduler.h"
+#include "ferry/tensor/generator.h"
+#include "ferry/text/tokenizer.h"
+
+namespace ferry::pipelines {
+
+// One of model, scheduler, tokenizer; or none for `[null, null]` and for a class that ferry does not
+// have and the pipeline can do without.
+struct Component {
+  std::shared_ptr<models::Model> model;
+  std::shared_ptr<schedulers::Scheduler> scheduler;
+  std::shared_ptr<const text::Tokenizer> tokenizer;
+  // Where it came from; empty for one made in memory.
+  std::filesystem::path folder;
+
+  Component() = default;
+  Component(std::shared_ptr<models::Model> value) : model(std::move(value)) {}
+  Component(std::shared_ptr<schedulers::Scheduler> value) : scheduler(std::move(value)) {}
+  Component(std::shared_ptr<const text::Tokenizer> value) : tokenizer(std::move(value)) {}
+  explicit operator bool() const { return model || scheduler || tokenizer; }
+};
+
+// A dtype for all components, and others for some.
+struct DtypeMap {
+  std::optional<at::ScalarType> all;
+  std::map<std::string, at::ScalarType> components;
+
+  // "bf16", "transformer=bf16,vae=fp32" or "bf16,vae=fp32"; empty keeps what is stored. Throws
+  // ArgumentError.
+  static DtypeMap parse(const std::string& text);
+  std::optional<at::ScalarType> of(const std::string& component) const;
+};
+
+struct PipelineLoadOptions {
+  // Unset keeps the stored dtypes; otherwise as models::LoadOptions.
+  DtypeMap dtype;
+  std::string variant;
+  // Taken instead of the folder's; `Component()` leaves one out.
+  std::map<std::string, Component> components;
+};
+
+// What is being done now; told to the progress callback at the start and after each step.
+struct Progress {
+  std::string stage;  // "encode", "denoise", "decode"
+  int64_t step = 0;   // done
+  int64_t total = 0;
+};
+using ProgressCallback = std::function<void(const Progress&)>;
+
+enum class OutputType {
+  image,  // Image (diffusers' "pil")
+  np,     // float32 [n, height, width, channels] in 0..1
+  pt,     // [n, channels, height, width] in 0..1
+  latent,
+};
+// "image" or "pil", "np", "pt", "latent". Throws ArgumentError.
+OutputType parse_output_type(std::string_view name);
+
+// A prompt, or one for each picture of a batch: `.prompt = "a cat"`, `.prompt = {"a cat", "a dog"}`.
+struct Texts : std::vector<std::string> {
+  using std::vector<std::string>::vector;
+  Texts(const char* text) : std::vector<std::string>{text} {}
+  Texts(std::string text) : std::vector<std::string>{std::move(text)} {}
+  Texts(std::vector<std::string> texts) : std::vector<std::string>(std::move(texts)) {}
+};
+
+// What text-to-image pipelines have in common; unset values are the pipeline's defaults. A pipeline
+// throws ArgumentError for one that it cannot follow.
+struct TextToImageArguments {
+  Texts prompt;
+  std::optional<Texts> prompt_2, negative_prompt, negative_prompt_2;
+  std::optional<double> true_cfg_scale, guidance_scale;
+  std::optional<int64_t> height, width, num_inference_steps, max_sequence_length;
+  int64_t num_images_per_prompt = 1;
+  std::vector<tensor::Generator> generator;
+  std::optional<at::Tensor> latents;
+  OutputType output_type = OutputType::image;
+  ProgressCallback progress;
+  StopToken stop;
+};
+
+struct PipelineOutput {
+  std::vector<Image> images;  // OutputType::image
+  at::Tensor tensor;          // the others
+};
+
+// Not thread-safe: one generation at a time. Owns its components; an engine may be shared with other
+// pipelines.
+class DiffusionPipeline {
+ public:
+  virtual ~DiffusionPipeline();
+
+  // `folder_or_name`: a folder with model_index.json, or "org/repo[@revision]" in the local Hugging
+  // Face cache. Reads headers only; weights are read at the first use. Throws IoError (with the
+  // download command for a name that is not there), FormatError, ArgumentError (a class that ferry
+  // does not have).
+  static std::shared_ptr<DiffusionPipeline> from_pretrained(const std::string& folder_or_name,
+                                                            const PipelineLoadOptions& options = {});
+  // Writes model_index.json and every component; what ferry does not know is kept. Throws IoError.
+  void save_pretrained(const std::filesystem::path& folder, uint64_t max_shard_size_bytes = 10'000'000'000,
+                       const std::string& variant = "");
+
+  virtual std::string class_name() const = 0;
+  virtual PipelineOutput text_to_image(const TextToImageArguments& arguments);
+
+  // model_index.json as it was read.
+  const nlohmann::ordered_json& config() const { return config_; }
+  const std::map<std::string, Component>& components() const { return components_; }
+  // Throw ArgumentError if there is no such component.
+  models::Model& model(const std::string& name) const;
+  schedulers::Scheduler& scheduler(const std::string& name = "scheduler") const;
+  const text::Tokenizer& tokenizer(const std::string& name) const;
+  bool has(const std::string& name) const;
+
+  // Streams the weights of all models through one engine, which other pipelines may share. Throws
+  // BudgetError stating the least budget.
+  void enable_group_offload(std::shared_ptr<offload::Engine> engine, const hooks::GroupOffloadingConfig& config = {});
+  void disable_group_offload();
+  // The same with an engine of its own: all weights together take at most this.
+  void set_memory_budget(uint64_t weights_memory_bytes);
+  // Null while weights are resident.
+  const std::shared_ptr<offload::Engine>& engine() const { return engine_; }
+
+ protected:
+  DiffusionPipeline(std::map<std::string, Component> components, nlohmann::ordered_json config);
+  // Components that run in every step: their first weights are read again while their last compute.
+  virtual bool runs_every_step(const std::string& component) const { return component == "transformer"; }
+
+ private:
+  std::map<std::string, Component> components_;
+  nlohmann::ordered_json config_;
+  std::shared_ptr<offload::Engine> engine_;
+  std::vector<std::shared_ptr<hooks::GroupOffloading>> offloading_;  // before components_ in destruction
+};
+
+// The registry: an explicit table in registry.cpp, a line a class.
+struct PipelineClass {
+  std::string_view name;
+  std::vector<std::string> required;  // components
+  std::function<std::shared_ptr<DiffusionPipeline>(std::map<std::string, Component>, nlohmann::ordered_json)> make;
+};
+const std::vector<PipelineClass>& pipeline_classes();
+
+}  // namespace ferry::pipelines
