@@ -37,7 +37,7 @@ Image gradient(int width, int height, int channels) {
   for (int y = 0; y < height; ++y) {
     for (int x = 0; x < width; ++x) {
       for (int c = 0; c < channels; ++c) {
-        image.pixels.push_back(static_cast<uint8_t>(40 + 5 * x + 3 * y + 30 * c));
+        image.pixels.push_back(static_cast<uint8_t>(20 + 4 * x + 3 * y + 20 * c));
       }
     }
   }

@@ -16,7 +16,7 @@ struct Image {
   int width = 0;
   int height = 0;
   int channels = 3;  // 1 grey, 3 RGB, 4 RGBA
-  std::vector<uint8_t> pixels;
+  std::vector<uint8_t> pixels = {};
 };
 
 // [..., channels, height, width] in -1..1 -> the same in 0..1: VaeImageProcessor.denormalize.
@@ -35,7 +35,7 @@ struct SaveOptions {
   // JPEG and WebP, 1 to 100.
   int quality = 95;
   // UTF-8 keywords and texts. PNG: text chunks, in this order. JPEG: one comment. WebP: not written.
-  std::vector<std::pair<std::string, std::string>> text;
+  std::vector<std::pair<std::string, std::string>> text = {};
 };
 
 // Writes .png, .jpg, .jpeg or .webp (any case), whole or not at all. Throws ArgumentError (another

@@ -20,10 +20,10 @@ namespace ferry::schedulers {
 // The arguments of set_timesteps(), under their Python names. A scheduler throws ArgumentError for
 // one that it does not take.
 struct TimestepArguments {
-  std::optional<int64_t> num_inference_steps;
-  std::optional<std::vector<double>> timesteps;
-  std::optional<std::vector<double>> sigmas;
-  std::optional<double> mu;
+  std::optional<int64_t> num_inference_steps = std::nullopt;
+  std::optional<std::vector<double>> timesteps = std::nullopt;
+  std::optional<std::vector<double>> sigmas = std::nullopt;
+  std::optional<double> mu = std::nullopt;
   // Where the timesteps and sigmas go.
   at::Device device = at::Device(at::kCPU);
 };
@@ -31,11 +31,11 @@ struct TimestepArguments {
 // The arguments of step() besides model output, timestep and sample.
 struct StepArguments {
   // For schedulers that add noise: one, or one for each sample of the batch; none is torch's default.
-  std::vector<tensor::Generator> generators;
+  std::vector<tensor::Generator> generators = {};
   // Taken instead of drawn noise: the shape of the sample.
-  std::optional<at::Tensor> noise;
+  std::optional<at::Tensor> noise = std::nullopt;
   // Arguments that are tensors (per_token_timesteps) and numbers (s_churn, eta), by Python name.
-  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, at::Tensor> tensors = {};
   nlohmann::json values = nlohmann::json::object();
 };
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "ferry/base/error.h"
+#include "ferry/models/named_inputs.h"
 
 namespace ferry::models {
 
@@ -160,11 +161,14 @@ CLIPTextOutput CLIPTextModel::forward(const at::Tensor& input_ids, const at::Ten
 
 NamedTensors CLIPTextModel::forward_named(const std::string& method, const NamedTensors& inputs,
                                           const nlohmann::json& arguments) {
-  check_call(method, inputs, arguments, {"input_ids"}, {"attention_mask", "position_ids"});
-  CLIPTextOutput output = call([&] {
-    return forward(find_input(inputs, "input_ids"), find_input(inputs, "attention_mask"),
-                   find_input(inputs, "position_ids"), wants_hidden_states(arguments));
-  });
+  NamedInputs named_inputs(class_name(), inputs, arguments);
+  at::Tensor input_ids = named_inputs.required("input_ids");
+  at::Tensor attention_mask = named_inputs.optional("attention_mask");
+  at::Tensor position_ids = named_inputs.optional("position_ids");
+  bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
+  named_inputs.argument("return_dict", true);
+  named_inputs.finish();
+  CLIPTextOutput output = call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
   NamedTensors named = {{"last_hidden_state", output.last_hidden_state}, {"pooler_output", output.pooler_output}};
   add_hidden_states(named, output.hidden_states);
   return named;
@@ -207,11 +211,14 @@ CLIPTextModelWithProjection::Output CLIPTextModelWithProjection::forward(const a
 
 NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& method, const NamedTensors& inputs,
                                                         const nlohmann::json& arguments) {
-  check_call(method, inputs, arguments, {"input_ids"}, {"attention_mask", "position_ids"});
-  Output output = call([&] {
-    return forward(find_input(inputs, "input_ids"), find_input(inputs, "attention_mask"),
-                   find_input(inputs, "position_ids"), wants_hidden_states(arguments));
-  });
+  NamedInputs named_inputs(class_name(), inputs, arguments);
+  at::Tensor input_ids = named_inputs.required("input_ids");
+  at::Tensor attention_mask = named_inputs.optional("attention_mask");
+  at::Tensor position_ids = named_inputs.optional("position_ids");
+  bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
+  named_inputs.argument("return_dict", true);
+  named_inputs.finish();
+  Output output = call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
   NamedTensors named = {{"text_embeds", output.text_embeds}, {"last_hidden_state", output.text.last_hidden_state}};
   add_hidden_states(named, output.text.hidden_states);
   return named;

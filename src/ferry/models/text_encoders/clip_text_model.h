@@ -121,6 +121,7 @@ struct CLIPTextOutput {
 
 class CLIPTextModel : public TransformersModel {
  public:
+  using Config = CLIPTextConfig;
   // Throws ArgumentError for a config that cannot work.
   explicit CLIPTextModel(CLIPTextConfig config);
   std::string class_name() const override { return "CLIPTextModel"; }
@@ -149,6 +150,7 @@ class CLIPTextModel : public TransformersModel {
 
 class CLIPTextModelWithProjection : public TransformersModel {
  public:
+  using Config = CLIPTextConfig;
   explicit CLIPTextModelWithProjection(CLIPTextConfig config);
   std::string class_name() const override { return "CLIPTextModelWithProjection"; }
   nlohmann::ordered_json config_json() const override;

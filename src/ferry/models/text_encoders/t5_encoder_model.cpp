@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "ferry/base/error.h"
+#include "ferry/models/named_inputs.h"
 
 namespace ferry::models {
 
@@ -15,7 +16,7 @@ namespace {
 at::Tensor clamp_half(const at::Tensor& x) {
   if (x.scalar_type() != at::kHalf) return x;
   constexpr double largest = 65504.0;
-  at::Tensor limit = at::where(x.isinf().any(), at::Scalar(largest - 1000), at::Scalar(largest)).to(at::kHalf);
+  at::Tensor limit = at::where(x.isinf().any(), largest - 1000, largest).to(at::kHalf);
   return at::clamp(x, -limit, limit);
 }
 
@@ -135,7 +136,7 @@ T5Attention::Output T5Attention::forward(const at::Tensor& hidden_states, const 
   if (!bias.defined()) {
     bias = compute_bias(hidden_states.size(1), hidden_states.device());
     // Once for all layers; Python applies the same mask in each.
-    if (mask.defined()) bias = at::where(mask, bias, at::Scalar(lowest(key.scalar_type())));
+    if (mask.defined()) bias = at::where(mask, bias, lowest(key.scalar_type()));
     bias = bias.to(query.scalar_type()).contiguous();
   }
   nn::AttentionOptions options;
@@ -238,11 +239,14 @@ T5EncoderModel::Output T5EncoderModel::forward(const at::Tensor& input_ids, cons
 
 NamedTensors T5EncoderModel::forward_named(const std::string& method, const NamedTensors& inputs,
                                            const nlohmann::json& arguments) {
-  check_call(method, inputs, arguments, {}, {"input_ids", "attention_mask", "inputs_embeds"});
-  Output output = call([&] {
-    return forward(find_input(inputs, "input_ids"), find_input(inputs, "attention_mask"),
-                   find_input(inputs, "inputs_embeds"), wants_hidden_states(arguments));
-  });
+  NamedInputs named_inputs(class_name(), inputs, arguments);
+  at::Tensor input_ids = named_inputs.optional("input_ids");
+  at::Tensor attention_mask = named_inputs.optional("attention_mask");
+  at::Tensor inputs_embeds = named_inputs.optional("inputs_embeds");
+  bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
+  named_inputs.argument("return_dict", true);
+  named_inputs.finish();
+  Output output = call([&] { return forward(input_ids, attention_mask, inputs_embeds, output_hidden_states); });
   NamedTensors named = {{"last_hidden_state", output.last_hidden_state}};
   add_hidden_states(named, output.hidden_states);
   return named;

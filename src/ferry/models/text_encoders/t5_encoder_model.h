@@ -149,6 +149,7 @@ class T5Stack : public nn::Module {
 // encoder.embed_tokens is `shared`: tied, and registered under that name only, as Python saves it.
 class T5EncoderModel : public TransformersModel {
  public:
+  using Config = T5Config;
   // Throws ArgumentError for a config that cannot work.
   explicit T5EncoderModel(T5Config config);
   std::string class_name() const override { return "T5EncoderModel"; }

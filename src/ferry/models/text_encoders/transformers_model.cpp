@@ -3,8 +3,6 @@
 #include <ATen/ATen.h>
 #include <fmt/ranges.h>
 
-#include <algorithm>
-
 #include "ferry/base/error.h"
 #include "ferry/tensor/dtype.h"
 
@@ -17,50 +15,6 @@ nlohmann::ordered_json TransformersModel::finish_config(nlohmann::ordered_json j
   // transformers loads in the dtype that is written here; before version 5 the key was torch_dtype.
   json[json.contains("torch_dtype") ? "torch_dtype" : "dtype"] = tensor::dtype_name(dtype());
   return json;
-}
-
-void TransformersModel::check_call(const std::string& method, const NamedTensors& inputs,
-                                   const nlohmann::json& arguments, std::initializer_list<const char*> required,
-                                   std::initializer_list<const char*> optional) const {
-  if (method != "forward") {
-    throw_error<ArgumentError>("{}: unknown method \"{}\"; it has: forward", class_name(), method);
-  }
-  std::vector<std::string> known(required.begin(), required.end());
-  known.insert(known.end(), optional.begin(), optional.end());
-  for (const char* name : required) {
-    if (!inputs.contains(name)) {
-      throw_error<ArgumentError>("{}: the input \"{}\" is missing; it takes {}", class_name(), name,
-                                 fmt::join(known, ", "));
-    }
-  }
-  for (const auto& [name, tensor] : inputs) {
-    if (std::find(known.begin(), known.end(), name) == known.end()) {
-      throw_error<ArgumentError>("{}: unknown input \"{}\"; it takes {}", class_name(), name, fmt::join(known, ", "));
-    }
-  }
-  if (!arguments.is_null() && !arguments.is_object()) {
-    throw_error<ArgumentError>("{}: arguments: got {}, expected an object", class_name(), arguments.dump());
-  }
-  for (const auto& [name, value] : arguments.items()) {
-    if (name != "output_hidden_states" && name != "return_dict" && name != "use_cache") {
-      throw_error<ArgumentError>("{}: unknown argument \"{}\"; it takes output_hidden_states", class_name(), name);
-    }
-    if (!value.is_boolean() && !value.is_null()) {
-      throw_error<ArgumentError>("{}: argument \"{}\": got {}, expected true or false", class_name(), name,
-                                 value.dump());
-    }
-  }
-}
-
-at::Tensor TransformersModel::find_input(const NamedTensors& inputs, const char* name) {
-  auto it = inputs.find(name);
-  return it == inputs.end() ? at::Tensor() : it->second;
-}
-
-bool TransformersModel::wants_hidden_states(const nlohmann::json& arguments) {
-  if (!arguments.is_object()) return false;
-  auto it = arguments.find("output_hidden_states");
-  return it != arguments.end() && it->is_boolean() && it->get<bool>();
 }
 
 void TransformersModel::add_hidden_states(NamedTensors& outputs, const std::vector<at::Tensor>& hidden_states) {

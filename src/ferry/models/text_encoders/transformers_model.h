@@ -1,8 +1,7 @@
-// What the models of Hugging Face transformers have in common here: the spelling of config.json and
-// the handling of named inputs.
+// What the models of Hugging Face transformers have in common here: the spelling of config.json,
+// masks, hidden states.
 #pragma once
 
-#include <initializer_list>
 #include <string>
 
 #include "ferry/models/model.h"
@@ -18,13 +17,6 @@ class TransformersModel : public Model {
   // Adds `architectures`, `model_type` and `dtype` as transformers writes them.
   nlohmann::ordered_json finish_config(nlohmann::ordered_json json, const std::string& model_type) const;
 
-  // Throws ArgumentError unless `method` is "forward", every required input is there, and every input
-  // and argument is known. (`return_dict` and `use_cache` have no meaning here and are let through.)
-  void check_call(const std::string& method, const NamedTensors& inputs, const nlohmann::json& arguments,
-                  std::initializer_list<const char*> required, std::initializer_list<const char*> optional) const;
-  // Undefined if there is none.
-  static at::Tensor find_input(const NamedTensors& inputs, const char* name);
-  static bool wants_hidden_states(const nlohmann::json& arguments);
   // Adds "hidden_states.0", … as transformers' tuple.
   static void add_hidden_states(NamedTensors& outputs, const std::vector<at::Tensor>& hidden_states);
 };
