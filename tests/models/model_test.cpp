@@ -127,7 +127,7 @@ TEST(Flux, ConfigsThatCannotBe) {
 
 TEST(Flux, TheFullModelIsMadeWithoutMemory) {
   auto model = make_model("FluxTransformer2DModel", {{"guidance_embeds", true}});
-  EXPECT_EQ(weights::collect_slots(*model).size(), 780);  // as many as FLUX.1-dev's checkpoint has
+  EXPECT_EQ(weights::collect_slots(*model).size(), 1160);  // as many as FLUX.1-dev's checkpoint has
   EXPECT_EQ(weights::total_bytes(weights::collect_slots(*model)), 4ull * 11'901'408'320);
   EXPECT_FALSE(model->weights_loaded());
 }

@@ -1,7 +1,7 @@
 // Every fixture of tests/fixtures/models against Python's outputs, through the public loading path.
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
-
 #include <unistd.h>
 
 #include <algorithm>
@@ -60,11 +60,11 @@ TEST_P(Parity, Float32) {
     ASSERT_TRUE(got.contains(name)) << name;
     double error = testing::relative_error(got[name], expected);
     EXPECT_LT(error, 1e-5) << name;
-    RecordProperty("error_" + name, std::to_string(error));
+    RecordProperty("error_" + name, fmt::format("{:.2e}", error));
   }
 }
 
-TEST_P(Parity, BFloat16StaysNear) {
+TEST_P(Parity, BFloat16) {
   at::NoGradGuard no_grad;
   Fixture fixture(GetParam());
   LoadOptions options;
@@ -76,16 +76,15 @@ TEST_P(Parity, BFloat16StaysNear) {
     if (tensor.is_floating_point()) tensor = tensor.to(at::kBFloat16);
   }
   NamedTensors got = model->forward_named(fixture.method, inputs, fixture.arguments);
-  for (const auto& [name, expected] : fixture.outputs) {
-    EXPECT_LT(testing::relative_error(got[name], expected), 0.1) << name;
-  }
-  // Python's own bfloat16, where the reference has it.
-  fs::path half = fixture.folder / "outputs_bf16.safetensors";
-  if (!fs::exists(half)) return;
-  for (const auto& [name, expected] : testing::read_fixture_tensors(half.string())) {
+  // Python's own bfloat16: its distance from float32 is no yardstick (a guidance of 4220 in bfloat16
+  // is 30% of the output away), the rounding of another CPU is.
+  auto half = testing::read_fixture_tensors((fixture.folder / "outputs_bf16.safetensors").string());
+  EXPECT_EQ(half.size(), fixture.outputs.size());
+  for (const auto& [name, expected] : half) {
+    ASSERT_TRUE(got.contains(name)) << name;
     double error = testing::relative_error(got[name], expected);
-    EXPECT_LT(error, 0.02) << name;
-    RecordProperty("error_" + name, std::to_string(error));
+    EXPECT_LT(error, 0.03) << name;
+    RecordProperty("error_" + name, fmt::format("{:.2e}", error));
   }
 }
 

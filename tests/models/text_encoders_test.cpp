@@ -130,7 +130,7 @@ TEST(T5EncoderModel, EmbedsInPlaceOfIds) {
   auto model = load<T5EncoderModel>("T5EncoderModel-0");
   at::Tensor ids = at::tensor({5, 6, 7}, at::kLong).unsqueeze(0);
   at::Tensor embeds = model->shared(ids);
-  EXPECT_TRUE(at::equal(model({}, {}, embeds).last_hidden_state, model(ids).last_hidden_state));
+  EXPECT_TRUE(at::equal(model(at::Tensor(), at::Tensor(), embeds).last_hidden_state, model(ids).last_hidden_state));
   EXPECT_THAT([&] { model(ids, at::Tensor(), embeds); }, ThrowsMessage<ArgumentError>(HasSubstr("both")));
 }
 

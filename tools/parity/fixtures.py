@@ -60,7 +60,7 @@ def write_models(out):
         seed = SEED + (k // 2 if class_name == "AutoencoderKL" else k)
         folder = out / f"{class_name}-{k}"
         hub = k == 1 and class_name.startswith(("CLIP", "T5"))
-        reference.write(class_name, config, seed, folder, method, args, options, hub=hub)
+        reference.write(class_name, config, seed, folder, method, args, options, bf16=True, hub=hub)
 
 
 def write_schedules(out):
@@ -100,7 +100,7 @@ writes them again.
 
 - `models/<Class>-<k>/`: `config.json` and weights as `save_pretrained` writes them; `inputs.safetensors`
   (forward argument names), `outputs.safetensors` (names of the output class; a tuple's members are
-  `hidden_states.N`), `args.json` (`method`: forward, encode or decode; `args`: arguments that are no
+  `hidden_states.N`), `outputs_bf16.safetensors` (the same in bfloat16), `args.json` (`method`: forward, encode or decode; `args`: arguments that are no
   tensors). `CLIPTextModel-1`, `CLIPTextModelWithProjection-1` and `T5EncoderModel-1` have the weights' keys
   of older, published folders (`text_model.` before CLIPTextModel's, position_ids, T5's embedding twice).
   `AutoencoderKL-0` and `-1`, and `-2` and `-3`, are encode and decode of the same weights.
