@@ -50,7 +50,8 @@ struct TempFolder {
   ~TempFolder() { fs::remove_all(path); }
   std::vector<std::string> files() const {
     std::vector<std::string> names;
-    for (const auto& entry : fs::directory_iterator(path)) names.push_back(entry.path().filename().string());
+    for (const auto& entry : fs::directory_iterator(path))
+      names.push_back(entry.path().filename().string());
     std::sort(names.begin(), names.end());
     return names;
   }
@@ -63,9 +64,11 @@ TEST(Flux, BackendsAndFusedProjectionsGiveTheSame) {
   at::Tensor expected = model->forward_named("forward", inputs, {})["sample"];
   for (const char* backend : {"math", "_native_flash", "native"}) {
     model->set_attention_backend(backend);
-    EXPECT_LT(relative_error(model->forward_named("forward", inputs, {})["sample"], expected), 1e-5) << backend;
+    EXPECT_LT(relative_error(model->forward_named("forward", inputs, {})["sample"], expected), 1e-5)
+        << backend;
   }
-  EXPECT_THAT(message_of<ArgumentError>([&] { model->set_attention_backend("xformers"); }), HasSubstr("xformers"));
+  EXPECT_THAT(message_of<ArgumentError>([&] { model->set_attention_backend("xformers"); }),
+              HasSubstr("xformers"));
 
   size_t slots = weights::collect_slots(*model).size();
   model->fuse_qkv_projections();
@@ -78,12 +81,14 @@ TEST(Flux, BackendsAndFusedProjectionsGiveTheSame) {
 
 TEST(Flux, FusingNeedsWeights) {
   auto model = load<FluxTransformer2DModel>("FluxTransformer2DModel-0");
-  EXPECT_THAT(message_of<ArgumentError>([&] { model->fuse_qkv_projections(); }), HasSubstr("load_weights()"));
+  EXPECT_THAT(message_of<ArgumentError>([&] { model->fuse_qkv_projections(); }),
+              HasSubstr("load_weights()"));
 }
 
 TEST(Flux, ControlnetResidualsReachTheirBlocks) {
   at::NoGradGuard no_grad;
-  auto model = load<FluxTransformer2DModel>("FluxTransformer2DModel-1");  // 2 double blocks, 1 single
+  auto model =
+      load<FluxTransformer2DModel>("FluxTransformer2DModel-1");  // 2 double blocks, 1 single
   NamedTensors inputs = inputs_of("FluxTransformer2DModel-1");
   at::Tensor plain = model->forward_named("forward", inputs, {})["sample"];
   at::Tensor zero = at::zeros({1, 16, 16}), one = at::ones({1, 16, 16});
@@ -106,21 +111,36 @@ TEST(Flux, ArgumentErrorsNameWhatIsExpected) {
   NamedTensors inputs = inputs_of("FluxTransformer2DModel-0");
   inputs.erase("img_ids");
   inputs["images"] = at::zeros({1});
-  std::string message = message_of<ArgumentError>([&] { model->forward_named("forward", inputs, {{"scale", 1}}); });
+  std::string message = message_of<ArgumentError>([&] {
+    model->forward_named("forward", inputs, {{"scale", 1}});
+  });
   EXPECT_THAT(message, HasSubstr("missing inputs [img_ids]"));
   EXPECT_THAT(message, HasSubstr("images"));
   EXPECT_THAT(message, HasSubstr("scale"));
   inputs = inputs_of("FluxTransformer2DModel-0");
   inputs.erase("guidance");
-  EXPECT_THAT(message_of<ArgumentError>([&] { model->forward_named("forward", inputs, {}); }), HasSubstr("guidance"));
-  EXPECT_THAT(message_of<ArgumentError>([&] { model->forward_named("encode", inputs, {}); }), HasSubstr("forward"));
+  EXPECT_THAT(message_of<ArgumentError>([&] { model->forward_named("forward", inputs, {}); }),
+              HasSubstr("guidance"));
+  EXPECT_THAT(message_of<ArgumentError>([&] { model->forward_named("encode", inputs, {}); }),
+              HasSubstr("forward"));
 }
 
 TEST(Flux, ConfigsThatCannotBe) {
-  auto with = [](const nlohmann::ordered_json& config) { make_model("FluxTransformer2DModel", config, "here"); };
-  EXPECT_THAT(message_of<ArgumentError>([&] { with({{"axes_dims_rope", {16, 16}}}); }), HasSubstr("axes_dims_rope"));
-  EXPECT_THAT(message_of<ArgumentError>([&] { with({{"num_layers", -1}}); }), HasSubstr("num_layers"));
-  EXPECT_THAT(message_of<FormatError>([&] { with({{"num_layers", "many"}}); }), HasSubstr("here: key \"num_layers\""));
+  auto with = [](const nlohmann::ordered_json& config) {
+    make_model("FluxTransformer2DModel", config, "here");
+  };
+  EXPECT_THAT(message_of<ArgumentError>([&] {
+                with({{"axes_dims_rope", {16, 16}}});
+              }),
+              HasSubstr("axes_dims_rope"));
+  EXPECT_THAT(message_of<ArgumentError>([&] {
+                with({{"num_layers", -1}});
+              }),
+              HasSubstr("num_layers"));
+  EXPECT_THAT(message_of<FormatError>([&] {
+                with({{"num_layers", "many"}});
+              }),
+              HasSubstr("here: key \"num_layers\""));
   EXPECT_THAT(message_of<ArgumentError>([] { make_model("FluxTransformer3DModel", {}, "here"); }),
               HasSubstr("FluxTransformer2DModel"));
 }
@@ -134,10 +154,13 @@ TEST(Flux, TheFullModelIsMadeWithoutMemory) {
 
 TEST(Autoencoder, TilesBlendAsInPython) {
   at::NoGradGuard no_grad;
-  auto reference = testing::read_fixture_tensors(FERRY_FIXTURES "/nn/autoencoder_tiling.safetensors");
+  auto reference =
+      testing::read_fixture_tensors(FERRY_FIXTURES "/nn/autoencoder_tiling.safetensors");
   auto vae = load<AutoencoderKL>("AutoencoderKL-0");
   vae->enable_tiling({.tile_sample_min_size = 16, .tile_latent_min_size = 8});
-  EXPECT_LT(relative_error(vae->encode(reference["encode.in.sample"]).mean(), reference["encode.out"]), 1e-5);
+  EXPECT_LT(
+      relative_error(vae->encode(reference["encode.in.sample"]).mean(), reference["encode.out"]),
+      1e-5);
   EXPECT_LT(relative_error(vae->decode(reference["decode.in.z"]), reference["decode.out"]), 1e-5);
   vae->enable_slicing();
   EXPECT_LT(relative_error(vae->decode(reference["decode.in.z"]), reference["decode.out"]), 1e-5);
@@ -145,13 +168,17 @@ TEST(Autoencoder, TilesBlendAsInPython) {
   EXPECT_GT(relative_error(vae->decode(reference["decode.in.z"]), reference["decode.out"]), 1e-3);
   vae->disable_slicing();
   at::Tensor small = reference["forward.in.sample"];
-  EXPECT_LT(relative_error(vae->forward_named("forward", {{"sample", small}}, {})["sample"], reference["forward.out"]), 1e-5);
+  EXPECT_LT(relative_error(vae->forward_named("forward", {{"sample", small}}, {})["sample"],
+                           reference["forward.out"]),
+            1e-5);
   tensor::Generator generator;
   generator.manual_seed(3);
   EXPECT_LT(relative_error(vae->encode(small).sample({generator}), reference["sample.out"]), 1e-5);
   EXPECT_THROW(vae->enable_tiling({.tile_sample_min_size = 0}), ArgumentError);
-  EXPECT_THROW(vae->enable_tiling({.tile_sample_min_size = 16, .tile_latent_min_size = 8, .tile_overlap_factor = 1.0}),
-               ArgumentError);
+  EXPECT_THROW(
+      vae->enable_tiling(
+          {.tile_sample_min_size = 16, .tile_latent_min_size = 8, .tile_overlap_factor = 1.0}),
+      ArgumentError);
 }
 
 TEST(Autoencoder, FusedProjections) {
@@ -190,18 +217,32 @@ TEST(Autoencoder, OldNamesOfAttentionLayers) {
 }
 
 TEST(Autoencoder, ConfigsThatCannotBe) {
-  auto with = [](const nlohmann::ordered_json& config) { make_model("AutoencoderKL", config, "here"); };
-  EXPECT_THAT(message_of<ArgumentError>([&] { with({{"down_block_types", {"AttnDownEncoderBlock2D"}}}); }),
+  auto with = [](const nlohmann::ordered_json& config) {
+    make_model("AutoencoderKL", config, "here");
+  };
+  EXPECT_THAT(message_of<ArgumentError>([&] {
+                with({{"down_block_types", {"AttnDownEncoderBlock2D"}}});
+              }),
               HasSubstr("AttnDownEncoderBlock2D"));
-  EXPECT_THAT(message_of<ArgumentError>([&] { with({{"block_out_channels", {32, 64}}}); }), HasSubstr("block_out_channels"));
-  EXPECT_THAT(message_of<ArgumentError>([&] { with({{"block_out_channels", {33}}}); }), HasSubstr("groups"));
-  EXPECT_THAT(message_of<ArgumentError>([&] { with({{"sample_size", "big"}}); }), HasSubstr("sample_size"));
+  EXPECT_THAT(message_of<ArgumentError>([&] {
+                with({{"block_out_channels", {32, 64}}});
+              }),
+              HasSubstr("block_out_channels"));
+  EXPECT_THAT(message_of<ArgumentError>([&] {
+                with({{"block_out_channels", {33}}});
+              }),
+              HasSubstr("groups"));
+  EXPECT_THAT(message_of<ArgumentError>([&] {
+                with({{"sample_size", "big"}});
+              }),
+              HasSubstr("sample_size"));
 }
 
 TEST(Save, ShardsAndTheirNames) {
   at::NoGradGuard no_grad;
   TempFolder folder;
-  auto vae = load<AutoencoderKL>("AutoencoderKL-0", {.dtype = at::kHalf, .variant = "", .load_now = true});
+  auto vae =
+      load<AutoencoderKL>("AutoencoderKL-0", {.dtype = at::kHalf, .variant = "", .load_now = true});
   vae->save_pretrained(folder.path, 4000, "fp16");
   std::vector<std::string> files = folder.files();
   EXPECT_THAT(files, ::testing::Contains("diffusion_pytorch_model.safetensors.index.fp16.json"));
@@ -211,20 +252,23 @@ TEST(Save, ShardsAndTheirNames) {
   EXPECT_EQ(again->dtype(), at::kHalf);
   // In one file, over the former save: the shards and their index are gone.
   again->save_pretrained(folder.path, 1 << 30, "fp16");
-  EXPECT_THAT(folder.files(), ::testing::ElementsAre("config.json", "diffusion_pytorch_model.fp16.safetensors"));
+  EXPECT_THAT(folder.files(),
+              ::testing::ElementsAre("config.json", "diffusion_pytorch_model.fp16.safetensors"));
   load_model(folder.path, {.dtype = {}, .variant = "fp16", .load_now = true});
 }
 
 TEST(Save, RefusesAModelWithoutWeights) {
   TempFolder folder;
   auto vae = make_model("AutoencoderKL", {{"block_out_channels", {32}}});
-  EXPECT_THAT(message_of<ArgumentError>([&] { vae->save_pretrained(folder.path); }), HasSubstr("has no weight"));
+  EXPECT_THAT(message_of<ArgumentError>([&] { vae->save_pretrained(folder.path); }),
+              HasSubstr("has no weight"));
   EXPECT_TRUE(folder.files().empty());
 }
 
 TEST(Registry, KeepsUnknownKeysOfAConfig) {
   nlohmann::ordered_json config = {{"block_out_channels", {32}}, {"of_the_future", {1, 2}}};
-  EXPECT_EQ(make_model("AutoencoderKL", config)->config_json()["of_the_future"], config["of_the_future"]);
+  EXPECT_EQ(make_model("AutoencoderKL", config)->config_json()["of_the_future"],
+            config["of_the_future"]);
 }
 
 }  // namespace

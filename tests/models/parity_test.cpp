@@ -76,8 +76,8 @@ TEST_P(Parity, BFloat16) {
     if (tensor.is_floating_point()) tensor = tensor.to(at::kBFloat16);
   }
   NamedTensors got = model->forward_named(fixture.method, inputs, fixture.arguments);
-  // Python's own bfloat16: its distance from float32 is no yardstick (a guidance of 4220 in bfloat16
-  // is 30% of the output away), the rounding of another CPU is.
+  // Python's own bfloat16: its distance from float32 is no yardstick (a guidance of 4220 in
+  // bfloat16 is 30% of the output away), the rounding of another CPU is.
   auto half = testing::read_fixture_tensors((fixture.folder / "outputs_bf16.safetensors").string());
   EXPECT_EQ(half.size(), fixture.outputs.size());
   for (const auto& [name, expected] : half) {
@@ -104,20 +104,23 @@ TEST_P(Parity, SavedAndLoadedIsTheSame) {
   Fixture fixture(GetParam());
   auto model = load_model(fixture.folder);
   NamedTensors expected = model->forward_named(fixture.method, fixture.inputs, fixture.arguments);
-  fs::path folder = fs::temp_directory_path() / ("ferry_parity_" + GetParam() + std::to_string(getpid()));
+  fs::path folder =
+      fs::temp_directory_path() / ("ferry_parity_" + GetParam() + std::to_string(getpid()));
   model->save_pretrained(folder, /*max_shard_size_bytes=*/2000);
   EXPECT_EQ(testing::read_fixture_json((folder / "config.json").string()),
             testing::read_fixture_json((fixture.folder / "config.json").string()));
-  NamedTensors got = load_model(folder)->forward_named(fixture.method, fixture.inputs, fixture.arguments);
+  NamedTensors got =
+      load_model(folder)->forward_named(fixture.method, fixture.inputs, fixture.arguments);
   for (const auto& [name, tensor] : expected) EXPECT_TRUE(at::equal(got[name], tensor)) << name;
   fs::remove_all(folder);
 }
 
-INSTANTIATE_TEST_SUITE_P(Fixtures, Parity, ::testing::ValuesIn(fixture_names()), [](const auto& info) {
-  std::string name = info.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Fixtures, Parity, ::testing::ValuesIn(fixture_names()),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
 
 }  // namespace
 }  // namespace ferry::models

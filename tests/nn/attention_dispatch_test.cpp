@@ -46,26 +46,32 @@ TEST(DispatchAttention, EveryBackendOfTheCpuAgreesWithTheFormula) {
   at::Tensor keep = at::ones({2, 7}, at::kBool);
   keep[0].slice(0, 4).fill_(false);
   at::Tensor additive = at::zeros({2, 7}, at::kDouble).masked_fill(keep.logical_not(), -1e300);
-  for (AttentionBackend backend : {AttentionBackend::native, AttentionBackend::math, AttentionBackend::flash}) {
+  for (AttentionBackend backend :
+       {AttentionBackend::native, AttentionBackend::math, AttentionBackend::flash}) {
     SCOPED_TRACE(attention_backend_name(backend));
     AttentionOptions options{.backend = backend};
     EXPECT_LT(error(dispatch_attention(in.q, in.k, in.v, options),
-                    brute_force(in.q, in.k, in.v, 1 / std::sqrt(8.0), {}, false)), 1e-6);
+                    brute_force(in.q, in.k, in.v, 1 / std::sqrt(8.0), {}, false)),
+              1e-6);
     options.scale = 0.7;
     options.mask = keep;
     EXPECT_LT(error(dispatch_attention(in.q, in.k, in.v, options),
-                    brute_force(in.q, in.k, in.v, 0.7, additive, false)), 1e-6);
+                    brute_force(in.q, in.k, in.v, 0.7, additive, false)),
+              1e-6);
     // The same as an additive mask of all dimensions.
     options.mask = additive.clamp(-1e30).to(at::kFloat).view({2, 1, 1, 7}).expand({2, 4, 5, 7});
     EXPECT_LT(error(dispatch_attention(in.q, in.k, in.v, options),
-                    brute_force(in.q, in.k, in.v, 0.7, additive, false)), 1e-6);
+                    brute_force(in.q, in.k, in.v, 0.7, additive, false)),
+              1e-6);
     options = {.is_causal = true, .backend = backend};
     EXPECT_LT(error(dispatch_attention(in.q, in.k, in.v, options),
-                    brute_force(in.q, in.k, in.v, 1 / std::sqrt(8.0), {}, true)), 1e-6);
+                    brute_force(in.q, in.k, in.v, 1 / std::sqrt(8.0), {}, true)),
+              1e-6);
     options = {.enable_gqa = true, .backend = backend};
     at::Tensor k = in.k.slice(2, 0, 2), v = in.v.slice(2, 0, 2);
     EXPECT_LT(error(dispatch_attention(in.q, k, v, options),
-                    brute_force(in.q, k, v, 1 / std::sqrt(8.0), {}, false)), 1e-6);
+                    brute_force(in.q, k, v, 1 / std::sqrt(8.0), {}, false)),
+              1e-6);
   }
 }
 
@@ -81,7 +87,8 @@ TEST(DispatchAttention, HalfPrecisionKeepsItsDtype) {
 
 TEST(DispatchAttention, RefusesWhatDoesNotFit) {
   Inputs in;
-  EXPECT_THROW(dispatch_attention(in.q, in.k.slice(2, 0, 2), in.v.slice(2, 0, 2)), ArgumentError) << "heads";
+  EXPECT_THROW(dispatch_attention(in.q, in.k.slice(2, 0, 2), in.v.slice(2, 0, 2)), ArgumentError)
+      << "heads";
   EXPECT_THROW(dispatch_attention(in.q, in.k.slice(1, 0, 3), in.v), ArgumentError) << "tokens";
   EXPECT_THROW(dispatch_attention(in.q, in.k.to(at::kHalf), in.v), ArgumentError) << "dtypes";
   EXPECT_THROW(dispatch_attention(in.q, in.k, in.v, {.mask = at::zeros({2, 6})}), ArgumentError);
@@ -90,8 +97,9 @@ TEST(DispatchAttention, RefusesWhatDoesNotFit) {
 }
 
 TEST(AttentionBackend, Names) {
-  for (AttentionBackend backend : {AttentionBackend::native, AttentionBackend::math, AttentionBackend::flash,
-                                   AttentionBackend::efficient, AttentionBackend::cudnn}) {
+  for (AttentionBackend backend :
+       {AttentionBackend::native, AttentionBackend::math, AttentionBackend::flash,
+        AttentionBackend::efficient, AttentionBackend::cudnn}) {
     EXPECT_EQ(parse_attention_backend(std::string(attention_backend_name(backend))), backend);
   }
   EXPECT_EQ(parse_attention_backend("math"), AttentionBackend::math);
@@ -126,7 +134,8 @@ TEST(AttentionBackend, Constraints) {
       {math, {at::kCPU, at::kFloat, 64, true, true}, "exclude each other"},
   };
   for (const Row& row : rows) {
-    SCOPED_TRACE(std::string(attention_backend_name(row.asked)) + (row.obstacle ? row.obstacle : ""));
+    SCOPED_TRACE(std::string(attention_backend_name(row.asked)) +
+                 (row.obstacle ? row.obstacle : ""));
     try {
       EXPECT_EQ(choose_attention_backend(row.asked, row.facts).effective, row.asked);
       EXPECT_EQ(row.obstacle, nullptr);
@@ -135,7 +144,8 @@ TEST(AttentionBackend, Constraints) {
       EXPECT_THAT(error.what(), ::testing::HasSubstr(row.obstacle));
     }
   }
-  AttentionChoice choice = choose_attention_backend(std::nullopt, {at::kPrivateUse1, at::kFloat, 64, false, false});
+  AttentionChoice choice =
+      choose_attention_backend(std::nullopt, {at::kPrivateUse1, at::kFloat, 64, false, false});
   EXPECT_EQ(choice.requested, native);
   EXPECT_EQ(choice.effective, math);
 }

@@ -45,10 +45,14 @@ class Layers : public ::testing::Test {
 std::map<std::string, at::Tensor> Layers::tensors_;
 
 TEST_F(Layers, FeedForward) {
-  for (const char* act : {"gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"}) {
+  for (const char* act :
+       {"gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"}) {
     std::string name = std::string("feed_forward.") + act;
-    auto ff = load(make<FeedForward>(12, FeedForwardOptions{.dim_out = 6, .mult = 2, .activation_fn = act}), name);
-    EXPECT_LT(relative_error(ff(get(name + ".in.hidden_states")), get(name + ".out")), kTolerance) << act;
+    auto ff = load(
+        make<FeedForward>(12, FeedForwardOptions{.dim_out = 6, .mult = 2, .activation_fn = act}),
+        name);
+    EXPECT_LT(relative_error(ff(get(name + ".in.hidden_states")), get(name + ".out")), kTolerance)
+        << act;
   }
   EXPECT_THROW(make<FeedForward>(12, FeedForwardOptions{.activation_fn = "tanh"}), ArgumentError);
 }
@@ -60,7 +64,8 @@ TEST_F(Layers, DiffusersRMSNorm) {
     EXPECT_EQ(out.scalar_type(), get(std::string(name) + ".out").scalar_type());
     EXPECT_LT(relative_error(out, get(std::string(name) + ".out")), kTolerance) << name;
   }
-  at::Tensor plain = make<DiffusersRMSNorm>(12, 1e-5, false)(get("rms_norm_plain_bf16.in.hidden_states"));
+  at::Tensor plain =
+      make<DiffusersRMSNorm>(12, 1e-5, false)(get("rms_norm_plain_bf16.in.hidden_states"));
   EXPECT_TRUE(at::equal(plain, get("rms_norm_plain_bf16.out")));
 }
 
@@ -78,25 +83,31 @@ TEST_F(Layers, GroupNormOverItsGroups) {
   norm->bias.set_data(at::arange(6).to(at::kFloat) * 0.1);
   at::Tensor x = at::arange(2 * 6 * 4, at::kDouble).sin().view({2, 3, 8});
   at::Tensor centered = x - x.mean(-1, true);
-  at::Tensor expected = (centered / (centered.pow(2).mean(-1, true) + 1e-5).sqrt()).view({2, 6, 4}) *
-                            norm->weight.view({6, 1}) + norm->bias.view({6, 1});
+  at::Tensor expected =
+      (centered / (centered.pow(2).mean(-1, true) + 1e-5).sqrt()).view({2, 6, 4}) *
+          norm->weight.view({6, 1}) +
+      norm->bias.view({6, 1});
   EXPECT_LT(relative_error(norm(x.view({2, 6, 4}).to(at::kFloat)), expected), kTolerance);
   EXPECT_THROW(make<GroupNorm>(4, 6), ArgumentError);
 }
 
 TEST_F(Layers, AdaLayerNorms) {
-  auto zero = load(make<AdaLayerNormZero>(12), "ada_zero")(get("ada_zero.in.x"), get("ada_zero.in.emb"));
+  auto zero =
+      load(make<AdaLayerNormZero>(12), "ada_zero")(get("ada_zero.in.x"), get("ada_zero.in.emb"));
   int index = 0;
   for (const at::Tensor& out : zero.tensors()) {
     std::string name = "ada_zero.out." + std::to_string(index++);
     EXPECT_LT(relative_error(out, get(name)), kTolerance) << name;
   }
-  auto single = load(make<AdaLayerNormZeroSingle>(12), "ada_single")(get("ada_single.in.x"), get("ada_single.in.emb"));
+  auto single = load(make<AdaLayerNormZeroSingle>(12), "ada_single")(get("ada_single.in.x"),
+                                                                     get("ada_single.in.emb"));
   EXPECT_LT(relative_error(single.x, get("ada_single.out.0")), kTolerance);
   EXPECT_LT(relative_error(single.gate_msa, get("ada_single.out.1")), kTolerance);
   auto plain = load(make<AdaLayerNormContinuous>(12, 12, false, 1e-6), "ada_continuous");
-  auto rms = load(make<AdaLayerNormContinuous>(12, 12, true, 1e-6, true, "rms_norm"), "ada_continuous_rms");
-  for (auto& [module, name] : {std::pair{plain, std::string("ada_continuous")}, {rms, "ada_continuous_rms"}}) {
+  auto rms = load(make<AdaLayerNormContinuous>(12, 12, true, 1e-6, true, "rms_norm"),
+                  "ada_continuous_rms");
+  for (auto& [module, name] :
+       {std::pair{plain, std::string("ada_continuous")}, {rms, "ada_continuous_rms"}}) {
     at::Tensor out = module(get(name + ".in.x"), get(name + ".in.conditioning_embedding"));
     EXPECT_LT(relative_error(out, get(name + ".out")), kTolerance) << name;
   }
@@ -110,12 +121,15 @@ TEST_F(Layers, TimestepEmbeddings) {
   EXPECT_TRUE(at::equal(flipped, get("timesteps.flipped.out")));
   EXPECT_THROW(get_timestep_embedding(t.view({2, 2}), 10), ArgumentError);
 
-  auto embedding = load(make<TimestepEmbedding>(8, 12, "silu", std::nullopt, 4), "timestep_embedding");
-  at::Tensor out = embedding(get("timestep_embedding.in.sample"), get("timestep_embedding.in.condition"));
+  auto embedding =
+      load(make<TimestepEmbedding>(8, 12, "silu", std::nullopt, 4), "timestep_embedding");
+  at::Tensor out =
+      embedding(get("timestep_embedding.in.sample"), get("timestep_embedding.in.condition"));
   EXPECT_LT(relative_error(out, get("timestep_embedding.out")), kTolerance);
 
   auto combined = load(make<CombinedTimestepTextProjEmbeddings>(6, 5, true), "combined");
-  out = combined(get("combined.in.timestep"), get("combined.in.guidance"), get("combined.in.pooled_projection"));
+  out = combined(get("combined.in.timestep"), get("combined.in.guidance"),
+                 get("combined.in.pooled_projection"));
   EXPECT_LT(relative_error(out, get("combined.out")), kTolerance);
 }
 
@@ -123,25 +137,49 @@ TEST_F(Layers, RotaryEmbeddings) {
   auto freqs = get_1d_rotary_pos_embed(8, get("rotary.neighbours.in.pos"));
   EXPECT_TRUE(at::equal(freqs.first, get("rotary.neighbours.out.0")));
   EXPECT_TRUE(at::equal(freqs.second, get("rotary.neighbours.out.1")));
-  EXPECT_TRUE(at::equal(apply_rotary_emb(get("rotary.neighbours.in.x"), freqs, 1), get("rotary.neighbours.out.2")));
-  EXPECT_TRUE(at::equal(apply_rotary_emb(get("rotary.bf16.in.x"), freqs, 1), get("rotary.bf16.out")));
+  EXPECT_TRUE(at::equal(apply_rotary_emb(get("rotary.neighbours.in.x"), freqs, 1),
+                        get("rotary.neighbours.out.2")));
+  EXPECT_TRUE(
+      at::equal(apply_rotary_emb(get("rotary.bf16.in.x"), freqs, 1), get("rotary.bf16.out")));
 
-  freqs = get_1d_rotary_pos_embed(8, get("rotary.halves.in.pos"), {500, 2, 1.5, false, at::kDouble});
+  freqs =
+      get_1d_rotary_pos_embed(8, get("rotary.halves.in.pos"), {500, 2, 1.5, false, at::kDouble});
   EXPECT_TRUE(at::equal(freqs.first, get("rotary.halves.out.0")));
-  at::Tensor out = apply_rotary_emb(get("rotary.halves.in.x").transpose(1, 2), freqs, 2, RotaryPairs::halves);
+  at::Tensor out =
+      apply_rotary_emb(get("rotary.halves.in.x").transpose(1, 2), freqs, 2, RotaryPairs::halves);
   EXPECT_TRUE(at::equal(out, get("rotary.halves.out.2")));
   EXPECT_THROW(get_1d_rotary_pos_embed(7, get("rotary.halves.in.pos")), ArgumentError);
   EXPECT_THROW(apply_rotary_emb(out, freqs, 3), ArgumentError);
 
-  auto pos_embed = make<FluxPosEmbed>(10000, std::vector<int64_t>{4, 6, 6})(get("flux_pos_embed.in.ids"));
+  auto pos_embed =
+      make<FluxPosEmbed>(10000, std::vector<int64_t>{4, 6, 6})(get("flux_pos_embed.in.ids"));
   EXPECT_TRUE(at::equal(pos_embed.first, get("flux_pos_embed.out.0")));
   EXPECT_TRUE(at::equal(pos_embed.second, get("flux_pos_embed.out.1")));
+}
+
+TEST_F(Layers, TheFusedRotationIsBitEqualToTheOperations) {
+  // The operations run where gradients are recorded.
+  c10::AutoGradMode recording(true);
+  auto freqs = get_1d_rotary_pos_embed(16, at::arange(6).to(at::kFloat) * 3.7);
+  at::Tensor base = at::arange(2 * 6 * 3 * 40, at::kFloat).sin().view({2, 6, 3, 40}) * 3;
+  for (at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (RotaryPairs pairs : {RotaryPairs::neighbours, RotaryPairs::halves}) {
+      at::Tensor x = base.to(dtype).slice(3, 8, 24);  // rows with gaps between them
+      at::Tensor by_operations = apply_rotary_emb(x.detach().requires_grad_(), freqs, 1, pairs);
+      EXPECT_TRUE(by_operations.requires_grad());
+      EXPECT_TRUE(at::equal(apply_rotary_emb(x, freqs, 1, pairs), by_operations.detach()));
+      at::Tensor heads_first = apply_rotary_emb(x.transpose(1, 2), freqs, 2, pairs);
+      EXPECT_TRUE(at::equal(heads_first.transpose(1, 2), by_operations.detach()));
+    }
+  }
 }
 
 TEST_F(Layers, Activations) {
   for (const char* name : {"silu", "mish", "gelu", "relu"}) {
     std::string key = std::string("activation.") + name;
-    EXPECT_LT(relative_error(get_activation(name)(get(key + ".in.x")), get(key + ".out")), kTolerance) << name;
+    EXPECT_LT(relative_error(get_activation(name)(get(key + ".in.x")), get(key + ".out")),
+              kTolerance)
+        << name;
   }
   EXPECT_EQ(get_activation("SiLU"), get_activation("swish"));
   EXPECT_THROW(get_activation("softsign"), ArgumentError);
@@ -158,7 +196,9 @@ TEST(Embedding, RowsComeFromTheTableOrTheSource) {
   EXPECT_TRUE(embedding(ids).isnan().all().item<bool>()) << "a table that is not loaded";
 
   struct Source : RowSource {
-    at::Tensor gather(const at::Tensor& ids) override { return ids.unsqueeze(-1).expand({-1, -1, 3}).to(at::kFloat); }
+    at::Tensor gather(const at::Tensor& ids) override {
+      return ids.unsqueeze(-1).expand({-1, -1, 3}).to(at::kFloat);
+    }
   };
   embedding->set_row_source(std::make_shared<Source>());
   EXPECT_EQ(embedding(ids).select(2, 1).sum().item<float>(), 8);

@@ -72,14 +72,16 @@ void expect_rounded_once(const at::Tensor& got, const at::Tensor& exact) {
 TEST(LinearUpcastBlocks, RoundsTheExactProductOnce) {
   for (at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {
     // 6000 inputs: several blocks of weights (4 MiB) and, with 1500 rows, of the input (32 MiB).
-    at::Tensor x = values({3, 500, 6000}, dtype, 0), w = values({400, 6000}, dtype, 1), b = values({400}, dtype, 2);
+    at::Tensor x = values({3, 500, 6000}, dtype, 0), w = values({400, 6000}, dtype, 1),
+               b = values({400}, dtype, 2);
     at::Tensor exact = at::linear(x.to(at::kDouble), w.to(at::kDouble), b.to(at::kDouble));
     at::Tensor got = linear_upcast_blocks(x, w, b);
     EXPECT_EQ(got.scalar_type(), dtype);
     double scale = exact.abs().max().item<double>();
     EXPECT_LT((got.to(at::kDouble) - exact).abs().max().item<double>() / scale, 0x1p-8);
     at::Tensor small = values({7, 5}, dtype, 3), kernel = values({3, 5}, dtype, 4);
-    expect_rounded_once(linear_upcast_blocks(small, kernel, {}), at::linear(small.to(at::kDouble), kernel.to(at::kDouble)));
+    expect_rounded_once(linear_upcast_blocks(small, kernel, {}),
+                        at::linear(small.to(at::kDouble), kernel.to(at::kDouble)));
     expect_rounded_once(linear_upcast_blocks(small[0], kernel, {}),
                         at::linear(small[0].to(at::kDouble), kernel.to(at::kDouble)));
   }
@@ -91,32 +93,35 @@ TEST(Conv2dUpcastBlocks, EqualsTheConvolutionInOnePiece) {
     Conv2dGeometry geometry;
   };
   const Row rows[] = {
-      {4, 6, 9, 7, 3, {1, 1, 1, 1}},
-      {4, 6, 9, 8, 3, {2, 0, 1, 2}},
-      {4, 4, 11, 7, 3, {1, 2, 2, 1}},
-      {3, 5, 6, 6, 1, {1, 0, 1, 1}},
-      {64, 64, 300, 500, 3, {1, 1, 1, 1}},   // several stripes
+      {4, 6, 9, 7, 3, {1, 1, 1, 1}},        {4, 6, 9, 8, 3, {2, 0, 1, 2}},
+      {4, 4, 11, 7, 3, {1, 2, 2, 1}},       {3, 5, 6, 6, 1, {1, 0, 1, 1}},
+      {64, 64, 300, 500, 3, {1, 1, 1, 1}},  // several stripes
       {64, 64, 301, 500, 3, {2, 1, 1, 64}},
   };
   for (const Row& row : rows) {
     at::Tensor x = values({2, row.in, row.height, row.width}, at::kBFloat16, 0);
-    at::Tensor w = values({row.out, row.in / row.geometry.groups, row.kernel, row.kernel}, at::kBFloat16, 1);
+    at::Tensor w =
+        values({row.out, row.in / row.geometry.groups, row.kernel, row.kernel}, at::kBFloat16, 1);
     at::Tensor b = values({row.out}, at::kBFloat16, 2);
     at::Tensor got = conv2d_upcast_blocks(x, w, b, row.geometry);
     const auto& g = row.geometry;
-    at::Tensor expected = at::conv2d(x.to(at::kFloat), w.to(at::kFloat), b.to(at::kFloat), {g.stride, g.stride},
-                                     {g.padding, g.padding}, {g.dilation, g.dilation}, g.groups);
+    at::Tensor expected =
+        at::conv2d(x.to(at::kFloat), w.to(at::kFloat), b.to(at::kFloat), {g.stride, g.stride},
+                   {g.padding, g.padding}, {g.dilation, g.dilation}, g.groups);
     ASSERT_EQ(got.sizes(), expected.sizes());
     double scale = expected.abs().max().item<double>();
-    EXPECT_LT((got.to(at::kFloat) - expected).abs().max().item<double>() / scale, 0x1p-8) << row.height;
+    EXPECT_LT((got.to(at::kFloat) - expected).abs().max().item<double>() / scale, 0x1p-8)
+        << row.height;
   }
 }
 
 TEST(Linear, TrainsThroughBothKernels) {
-  at::Tensor x = values({2, 5}, at::kBFloat16, 0).requires_grad_(), w = values({3, 5}, at::kBFloat16, 1).requires_grad_();
+  at::Tensor x = values({2, 5}, at::kBFloat16, 0).requires_grad_(),
+             w = values({3, 5}, at::kBFloat16, 1).requires_grad_();
   c10::AutoGradMode enabled(true);
   nn::linear(x, w).sum().backward();
-  EXPECT_TRUE(at::allclose(x.grad().to(at::kFloat), w.detach().sum(0).to(at::kFloat).expand({2, 5}), 0.02, 0.02));
+  EXPECT_TRUE(at::allclose(x.grad().to(at::kFloat), w.detach().sum(0).to(at::kFloat).expand({2, 5}),
+                           0.02, 0.02));
 }
 
 }  // namespace

@@ -39,14 +39,16 @@ bool has_part(const std::string& name, const std::vector<std::string>& parts) {
   size_t begin = 0;
   while (begin <= name.size()) {
     size_t end = std::min(name.find('.', begin), name.size());
-    if (std::find(parts.begin(), parts.end(), name.substr(begin, end - begin)) != parts.end()) return true;
+    if (std::find(parts.begin(), parts.end(), name.substr(begin, end - begin)) != parts.end())
+      return true;
     begin = end + 1;
   }
   return false;
 }
 
 // diffusers keeps them in float32 for every dtype, transformers for float16 only.
-bool stays_float32(const Model& model, const Traits& traits, const std::string& slot, at::ScalarType wanted) {
+bool stays_float32(const Model& model, const Traits& traits, const std::string& slot,
+                   at::ScalarType wanted) {
   if (model.library() == "transformers" && wanted != at::kHalf) return false;
   return has_part(slot, traits.keep_in_fp32_modules);
 }
@@ -57,11 +59,13 @@ std::string weights_base(const Model& model) {
 
 std::string class_name_of(const nlohmann::ordered_json& config, const std::string& where) {
   if (auto it = config.find("_class_name"); it != config.end() && it->is_string()) return *it;
-  if (auto it = config.find("architectures"); it != config.end() && it->is_array() && !it->empty()) {
+  if (auto it = config.find("architectures");
+      it != config.end() && it->is_array() && !it->empty()) {
     const auto& first = (*it)[0];
     if (first.is_string()) return first;
   }
-  throw_error<FormatError>("{}: has neither \"_class_name\" nor \"architectures\": not a model's config", where);
+  throw_error<FormatError>(
+      "{}: has neither \"_class_name\" nor \"architectures\": not a model's config", where);
 }
 
 // ---- save_pretrained ----
@@ -85,16 +89,17 @@ std::vector<Shard> split_into_shards(const std::vector<weights::Slot>& slots, ui
     bytes += slot.size_bytes();
   }
   for (size_t i = 0; i < shards.size(); ++i) {
-    shards[i].file = shards.size() == 1
-                         ? stem + ".safetensors"
-                         : fmt::format("{}-{:05d}-of-{:05d}.safetensors", stem, i + 1, shards.size());
+    shards[i].file = shards.size() == 1 ? stem + ".safetensors"
+                                        : fmt::format("{}-{:05d}-of-{:05d}.safetensors", stem,
+                                                      i + 1, shards.size());
   }
   return shards;
 }
 
 // Weight files of an earlier save that the new ones do not replace; they would be read instead.
-std::vector<std::filesystem::path> stale_files(const std::filesystem::path& folder, const std::string& stem,
-                                               const std::string& index, const std::vector<Shard>& shards) {
+std::vector<std::filesystem::path> stale_files(const std::filesystem::path& folder,
+                                               const std::string& stem, const std::string& index,
+                                               const std::vector<Shard>& shards) {
   std::unordered_set<std::string> written;
   for (const Shard& shard : shards) written.insert(shard.file);
   if (shards.size() > 1) written.insert(index);
@@ -175,7 +180,8 @@ void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_sh
   std::filesystem::create_directories(folder);
   std::string base = weights_base(*this);
   std::string stem = variant.empty() ? base : base + "." + variant;
-  std::string index = base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json";
+  std::string index =
+      base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json";
 
   std::unordered_map<std::string, const weights::BoundSlot*> bound;
   if (binding_) {
@@ -186,7 +192,8 @@ void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_sh
     if (weights::is_stub(tensor)) {
       auto it = bound.find(slot.name());
       if (it == bound.end()) {
-        throw_error<ArgumentError>("{}: cannot save: '{}' has no weight", class_name(), slot.name());
+        throw_error<ArgumentError>("{}: cannot save: '{}' has no weight", class_name(),
+                                   slot.name());
       }
       tensor = weights::read_tensor(*it->second);
     }
@@ -210,8 +217,8 @@ void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_sh
     writer.finish();
   }
   if (shards.size() > 1) {
-    write_json(folder / index,
-               {{"metadata", {{"total_size", weights::total_bytes(slots)}}}, {"weight_map", weight_map}});
+    write_json(folder / index, {{"metadata", {{"total_size", weights::total_bytes(slots)}}},
+                                {"weight_map", weight_map}});
   }
   nlohmann::json config = nlohmann::json::parse(config_json().dump());
   if (library() == "transformers") {
@@ -223,8 +230,8 @@ void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_sh
   for (const auto& path : stale_files(folder, stem, index, shards)) std::filesystem::remove(path);
 }
 
-std::shared_ptr<Model> make_model(const std::string& class_name, const nlohmann::ordered_json& config,
-                                  const std::string& where) {
+std::shared_ptr<Model> make_model(const std::string& class_name,
+                                  const nlohmann::ordered_json& config, const std::string& where) {
   std::vector<std::string_view> known;
   for (const ModelClass& entry : model_classes()) {
     if (entry.name == class_name) return entry.make(config, where);
@@ -252,7 +259,9 @@ std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const Loa
       return stays_float32(*model, traits, slot, *options.dtype) ? at::kFloat : *options.dtype;
     };
   }
-  bind_options.may_be_missing = [&](const std::string& slot) { return traits.tied_keys.contains(slot); };
+  bind_options.may_be_missing = [&](const std::string& slot) {
+    return traits.tied_keys.contains(slot);
+  };
   model->set_binding(weights::bind(*model, checkpoint, bind_options));
   model->eval();
   if (options.load_now) model->load_weights();

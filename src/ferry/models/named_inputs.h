@@ -51,7 +51,8 @@ class NamedInputs {
     try {
       return it->get<T>();
     } catch (const nlohmann::json::exception& error) {
-      throw_error<ArgumentError>("{}: argument '{}' is {}: {}", where_, name, it->dump(), error.what());
+      throw_error<ArgumentError>("{}: argument '{}' is {}: {}", where_, name, it->dump(),
+                                 error.what());
     }
   }
 

@@ -13,16 +13,28 @@ namespace ferry::nn {
 
 namespace {
 
-at::Tensor silu(const at::Tensor& x) { return at::silu(x); }
+at::Tensor silu(const at::Tensor& x) {
+  return at::silu(x);
+}
 at::Tensor silu_fp32(const at::Tensor& x) {
   return at::silu(x.to(at::kFloat)).to(x.scalar_type());
 }
-at::Tensor mish(const at::Tensor& x) { return at::mish(x); }
-at::Tensor relu(const at::Tensor& x) { return at::relu(x); }
-at::Tensor gelu(const at::Tensor& x) { return at::gelu(x); }
-at::Tensor gelu_tanh(const at::Tensor& x) { return at::gelu(x, "tanh"); }
+at::Tensor mish(const at::Tensor& x) {
+  return at::mish(x);
+}
+at::Tensor relu(const at::Tensor& x) {
+  return at::relu(x);
+}
+at::Tensor gelu(const at::Tensor& x) {
+  return at::gelu(x);
+}
+at::Tensor gelu_tanh(const at::Tensor& x) {
+  return at::gelu(x, "tanh");
+}
 // transformers' QuickGELUActivation.
-at::Tensor quick_gelu(const at::Tensor& x) { return x * at::sigmoid(x * 1.702); }
+at::Tensor quick_gelu(const at::Tensor& x) {
+  return x * at::sigmoid(x * 1.702);
+}
 // transformers' NewGELUActivation, in its order of operations.
 at::Tensor gelu_new(const at::Tensor& x) {
   constexpr double kRootOfTwoOverPi = 0.7978845608028654;
@@ -86,10 +98,14 @@ ActivationProjection::ActivationProjection(Kind kind, int64_t dim_in, int64_t di
 at::Tensor ActivationProjection::forward(const at::Tensor& hidden_states) {
   at::Tensor x = proj(hidden_states);
   switch (kind_) {
-    case Kind::gelu: return at::gelu(x);
-    case Kind::gelu_approximate: return at::gelu(x, "tanh");
-    case Kind::geglu_approximate: return x * at::sigmoid(x * 1.702);
-    case Kind::linear_silu: return at::silu(x);
+    case Kind::gelu:
+      return at::gelu(x);
+    case Kind::gelu_approximate:
+      return at::gelu(x, "tanh");
+    case Kind::geglu_approximate:
+      return x * at::sigmoid(x * 1.702);
+    case Kind::linear_silu:
+      return at::silu(x);
     case Kind::geglu: {
       auto halves = x.chunk(2, -1);
       return halves[0] * at::gelu(halves[1]);

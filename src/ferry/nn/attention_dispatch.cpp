@@ -26,7 +26,9 @@ struct Call {
   bool enable_gqa;
 };
 
-bool half_precision(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+bool half_precision(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16;
+}
 
 // The kernels below want an additive mask of the query's dtype; the native entry converts itself.
 void make_mask_additive(Call& call) {
@@ -103,9 +105,12 @@ struct BackendRow {
 constexpr std::array<BackendRow, 5> kBackends{{
     {AttentionBackend::native, "native", run_native, true, true, true, false, true, false, 0, 1},
     {AttentionBackend::math, "_native_math", run_math, true, true, true, false, true, false, 0, 1},
-    {AttentionBackend::flash, "_native_flash", run_flash, true, true, false, true, false, false, 256, 8},
-    {AttentionBackend::efficient, "_native_efficient", run_efficient, false, true, false, false, true, false, 0, 8},
-    {AttentionBackend::cudnn, "_native_cudnn", run_cudnn, false, true, false, true, true, false, 128, 8},
+    {AttentionBackend::flash, "_native_flash", run_flash, true, true, false, true, false, false,
+     256, 8},
+    {AttentionBackend::efficient, "_native_efficient", run_efficient, false, true, false, false,
+     true, false, 0, 8},
+    {AttentionBackend::cudnn, "_native_cudnn", run_cudnn, false, true, false, true, true, false,
+     128, 8},
 }};
 
 const BackendRow& row_of(AttentionBackend backend) {
@@ -116,7 +121,8 @@ const BackendRow& row_of(AttentionBackend backend) {
 std::string why_not(const BackendRow& row, const AttentionFacts& facts) {
   bool cpu = facts.device == at::kCPU, cuda = facts.device == at::kCUDA;
   if (!(cpu ? row.on_cpu : cuda ? row.on_cuda : row.on_other)) {
-    return fmt::format("it has no kernel for the device '{}'", at::DeviceTypeName(facts.device, true));
+    return fmt::format("it has no kernel for the device '{}'",
+                       at::DeviceTypeName(facts.device, true));
   }
   if (facts.has_mask && facts.is_causal && !row.causal_with_mask) {
     return "a mask and is_causal exclude each other";
@@ -182,7 +188,9 @@ AttentionBackend parse_attention_backend(const std::string& name) {
   throw_error<ArgumentError>("attention backend '{}' is unknown; known are {}", name, known);
 }
 
-std::string_view attention_backend_name(AttentionBackend backend) { return row_of(backend).name; }
+std::string_view attention_backend_name(AttentionBackend backend) {
+  return row_of(backend).name;
+}
 
 AttentionChoice choose_attention_backend(std::optional<AttentionBackend> requested,
                                          const AttentionFacts& facts) {
@@ -205,17 +213,23 @@ at::Tensor dispatch_attention(const at::Tensor& query, const at::Tensor& key,
   check_shapes(query, key, value, options);
   AttentionFacts facts{query.device().type(), query.scalar_type(), query.size(3),
                        options.mask.defined(), options.is_causal};
-  AttentionChoice choice = choose_attention_backend(
-      options.backend ? options.backend : environment_backend(), facts);
+  AttentionChoice choice =
+      choose_attention_backend(options.backend ? options.backend : environment_backend(), facts);
 
-  Call call{query.permute({0, 2, 1, 3}), key.permute({0, 2, 1, 3}), value.permute({0, 2, 1, 3}),
-            optional_tensor(options.mask), options.scale, options.is_causal, options.enable_gqa};
+  Call call{query.permute({0, 2, 1, 3}),
+            key.permute({0, 2, 1, 3}),
+            value.permute({0, 2, 1, 3}),
+            optional_tensor(options.mask),
+            options.scale,
+            options.is_causal,
+            options.enable_gqa};
   if (call.mask && call.mask->dim() == 2 && call.mask->size(0) == query.size(0) &&
       call.mask->size(1) == key.size(1)) {
     call.mask = call.mask->unsqueeze(1).unsqueeze(1);  // [batch, 1, 1, key tokens]
   }
   // Where half precision is slow in linear layers, it is in attention: the products go to float32.
-  bool upcast = choose_linear_kernel(query.device(), facts.dtype).kernel == LinearKernel::upcast_blocks;
+  bool upcast =
+      choose_linear_kernel(query.device(), facts.dtype).kernel == LinearKernel::upcast_blocks;
   if (upcast) {
     for (at::Tensor* tensor : {&call.q, &call.k, &call.v}) *tensor = tensor->to(at::kFloat);
     if (call.mask && call.mask->is_floating_point()) call.mask = call.mask->to(at::kFloat);
@@ -237,7 +251,8 @@ Ptr<Linear> AttentionModule::fuse_linears(const std::vector<Ptr<Linear>>& parts)
   for (const auto& part : parts) {
     if (weights::is_stub(part->weight)) {
       throw_error<ArgumentError>(
-          "fuse_projections: the weights are not loaded; call load_weights() first, and fuse before "
+          "fuse_projections: the weights are not loaded; call load_weights() first, and fuse "
+          "before "
           "offloading is enabled");
     }
     out += part->out_features();

@@ -9,6 +9,8 @@ Conv2d::Conv2d(int64_t in_channels, int64_t out_channels, const Conv2dOptions& o
   if (options.bias) bias = stub_parameter("bias", {out_channels});
 }
 
-at::Tensor Conv2d::forward(const at::Tensor& x) { return nn::conv2d(x, weight, bias, geometry_); }
+at::Tensor Conv2d::forward(const at::Tensor& x) {
+  return nn::conv2d(x, weight, bias, geometry_);
+}
 
 }  // namespace ferry::nn

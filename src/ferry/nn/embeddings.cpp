@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "ferry/base/error.h"
+#include "ferry/nn/rotary_kernel.h"
 
 namespace ferry::nn {
 
@@ -117,6 +118,15 @@ at::Tensor apply_rotary_emb(const at::Tensor& x, const RotaryEmbedding& freqs_ci
         "apply_rotary_emb: got {} dimensions and sequence_dim {}, expected 4 and 1 or 2", x.dim(),
         sequence_dim);
   }
+  const auto& [cos_table, sin_table] = freqs_cis;
+  bool plain = x.is_cpu() && cos_table.is_cpu() && x.stride(3) == 1 && x.size(3) % 2 == 0 &&
+               x.scalar_type() != at::kDouble && at::isFloatingType(x.scalar_type()) &&
+               cos_table.scalar_type() == at::kFloat && cos_table.is_contiguous() &&
+               sin_table.is_contiguous() && cos_table.size(0) == x.size(sequence_dim) &&
+               cos_table.size(1) == x.size(3) && sin_table.sizes() == cos_table.sizes();
+  if (plain && !(at::GradMode::is_enabled() && x.requires_grad())) {
+    return rotate_on_cpu(x, cos_table, sin_table, sequence_dim, pairs == RotaryPairs::neighbours);
+  }
   // [1, 1, tokens, dim] or [1, tokens, 1, dim]
   int64_t head_dim = sequence_dim == 2 ? 0 : 1;
   at::Tensor cos = freqs_cis.first.to(x.device()).unsqueeze(head_dim).unsqueeze(0);
@@ -147,8 +157,8 @@ RotaryEmbedding FluxPosEmbed::forward(const at::Tensor& ids) {
                         .freqs_dtype = ids.device().is_mps() ? at::kFloat : at::kDouble};
   std::vector<at::Tensor> cos, sin;
   for (size_t axis = 0; axis < axes_dim_.size(); ++axis) {
-    auto [axis_cos, axis_sin] =
-        get_1d_rotary_pos_embed(axes_dim_[axis], pos.select(1, static_cast<int64_t>(axis)), options);
+    auto [axis_cos, axis_sin] = get_1d_rotary_pos_embed(
+        axes_dim_[axis], pos.select(1, static_cast<int64_t>(axis)), options);
     cos.push_back(std::move(axis_cos));
     sin.push_back(std::move(axis_sin));
   }

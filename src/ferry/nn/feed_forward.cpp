@@ -5,9 +5,9 @@ namespace ferry::nn {
 FeedForward::FeedForward(int64_t dim, const FeedForwardOptions& options) {
   int64_t inner_dim = options.inner_dim.value_or(dim * options.mult);
   net = register_module("net", make<Container>());
-  project_in = net->add("0", make<ActivationProjection>(
-                                 ActivationProjection::parse_kind(options.activation_fn), dim,
-                                 inner_dim, options.bias));
+  project_in = net->add(
+      "0", make<ActivationProjection>(ActivationProjection::parse_kind(options.activation_fn), dim,
+                                      inner_dim, options.bias));
   project_out = net->add("2", make<Linear>(inner_dim, options.dim_out.value_or(dim), options.bias));
 }
 

@@ -10,6 +10,8 @@ Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias)
   if (with_bias) bias = stub_parameter("bias", {out_features});
 }
 
-at::Tensor Linear::forward(const at::Tensor& x) { return nn::linear(x, weight, bias); }
+at::Tensor Linear::forward(const at::Tensor& x) {
+  return nn::linear(x, weight, bias);
+}
 
 }  // namespace ferry::nn

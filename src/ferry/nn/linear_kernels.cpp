@@ -84,17 +84,20 @@ int64_t rows_in(int64_t bytes, int64_t row_elements) {
   return std::max<int64_t>(1, bytes / std::max<int64_t>(1, row_elements * int64_t{sizeof(float)}));
 }
 
-bool low_precision(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+bool low_precision(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 || dtype == at::kHalf;
+}
 
 bool records_gradient(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  return at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() ||
-                                        (bias.defined() && bias.requires_grad()));
+  return at::GradMode::is_enabled() &&
+         (x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad()));
 }
 
 bool use_upcast(const at::Tensor& x, const at::Tensor& weight) {
   if (!x.is_cpu() || !low_precision(weight.scalar_type())) return false;
   return x.scalar_type() == weight.scalar_type() &&
-         choose_linear_kernel(x.device(), weight.scalar_type()).kernel == LinearKernel::upcast_blocks;
+         choose_linear_kernel(x.device(), weight.scalar_type()).kernel ==
+             LinearKernel::upcast_blocks;
 }
 
 std::optional<at::Tensor> widened(const at::Tensor& tensor) {
@@ -139,7 +142,8 @@ LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype)
   static const auto choices = [] {
     std::string forced = upper_environment("FERRY_LINEAR_KERNEL");
     if (!forced.empty() && forced != "NATIVE" && forced != "UPCAST") {
-      throw_error<ArgumentError>("FERRY_LINEAR_KERNEL: got '{}', expected native or upcast", forced);
+      throw_error<ArgumentError>("FERRY_LINEAR_KERNEL: got '{}', expected native or upcast",
+                                 forced);
     }
     std::array<LinearKernelChoice, 2> both{};
     for (at::ScalarType type : {at::kBFloat16, at::kHalf}) {
@@ -171,8 +175,9 @@ at::Tensor linear_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
     for (int64_t column = 0; column < out; column += out_step) {
       int64_t count = std::min(out_step, out - column);
       at::Tensor block = weight_block.narrow(0, 0, count).copy_(weight.narrow(0, column, count));
-      at::Tensor product = wide_bias ? at::addmm(wide_bias->narrow(0, column, count), wide_rows, block.t())
-                                     : at::mm(wide_rows, block.t());
+      at::Tensor product =
+          wide_bias ? at::addmm(wide_bias->narrow(0, column, count), wide_rows, block.t())
+                    : at::mm(wide_rows, block.t());
       result.narrow(0, row, row_count).narrow(1, column, count).copy_(product);
     }
   }

@@ -18,7 +18,8 @@ at::Tensor modulate(const at::Tensor& x, const at::Tensor& scale, const at::Tens
 
 AdaLayerNormZero::AdaLayerNormZero(int64_t embedding_dim, bool with_bias) {
   linear = register_module("linear", make<Linear>(embedding_dim, 6 * embedding_dim, with_bias));
-  norm = register_module("norm", make<LayerNorm>(embedding_dim, 1e-6, /*elementwise_affine=*/false));
+  norm =
+      register_module("norm", make<LayerNorm>(embedding_dim, 1e-6, /*elementwise_affine=*/false));
 }
 
 AdaLayerNormZero::Output AdaLayerNormZero::forward(const at::Tensor& x, const at::Tensor& emb) {
@@ -29,7 +30,8 @@ AdaLayerNormZero::Output AdaLayerNormZero::forward(const at::Tensor& x, const at
 
 AdaLayerNormZeroSingle::AdaLayerNormZeroSingle(int64_t embedding_dim, bool with_bias) {
   linear = register_module("linear", make<Linear>(embedding_dim, 3 * embedding_dim, with_bias));
-  norm = register_module("norm", make<LayerNorm>(embedding_dim, 1e-6, /*elementwise_affine=*/false));
+  norm =
+      register_module("norm", make<LayerNorm>(embedding_dim, 1e-6, /*elementwise_affine=*/false));
 }
 
 AdaLayerNormZeroSingle::Output AdaLayerNormZeroSingle::forward(const at::Tensor& x,
@@ -45,8 +47,8 @@ AdaLayerNormContinuous::AdaLayerNormContinuous(int64_t embedding_dim,
   linear = register_module("linear",
                            make<Linear>(conditioning_embedding_dim, 2 * embedding_dim, with_bias));
   if (norm_type == "layer_norm") {
-    layer_norm = register_module(
-        "norm", make<LayerNorm>(embedding_dim, eps, elementwise_affine, with_bias));
+    layer_norm =
+        register_module("norm", make<LayerNorm>(embedding_dim, eps, elementwise_affine, with_bias));
   } else if (norm_type == "rms_norm") {
     rms_norm =
         register_module("norm", make<DiffusersRMSNorm>(embedding_dim, eps, elementwise_affine));

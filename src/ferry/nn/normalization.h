@@ -13,9 +13,11 @@ class AdaLayerNormZero : public Module {
   explicit AdaLayerNormZero(int64_t embedding_dim, bool with_bias = true);
 
   struct Output {
-    at::Tensor x;  // [batch, tokens, dim]
+    at::Tensor x;                                         // [batch, tokens, dim]
     at::Tensor gate_msa, shift_mlp, scale_mlp, gate_mlp;  // [batch, dim]
-    std::vector<at::Tensor> tensors() const { return {x, gate_msa, shift_mlp, scale_mlp, gate_mlp}; }
+    std::vector<at::Tensor> tensors() const {
+      return {x, gate_msa, shift_mlp, scale_mlp, gate_mlp};
+    }
   };
   // x [batch, tokens, dim], emb [batch, dim]
   Output forward(const at::Tensor& x, const at::Tensor& emb);
@@ -50,7 +52,7 @@ class AdaLayerNormContinuous : public Module {
   at::Tensor forward(const at::Tensor& x, const at::Tensor& conditioning_embedding);
 
   Ptr<Linear> linear;
-  Ptr<LayerNorm> layer_norm;      // one of the two, under the name "norm"
+  Ptr<LayerNorm> layer_norm;  // one of the two, under the name "norm"
   Ptr<DiffusersRMSNorm> rms_norm;
 };
 

@@ -13,7 +13,9 @@ namespace ferry::models {
 namespace {
 
 VaeBlockOptions block_options(const AutoencoderKLConfig& config) {
-  return {.norm_num_groups = config.norm_num_groups, .eps = 1e-6, .act = nn::get_activation(config.act_fn)};
+  return {.norm_num_groups = config.norm_num_groups,
+          .eps = 1e-6,
+          .act = nn::get_activation(config.act_fn)};
 }
 
 nn::Ptr<nn::Conv2d> conv(int64_t in, int64_t out, int64_t kernel_size) {
@@ -101,10 +103,15 @@ DiagonalGaussianDistribution::DiagonalGaussianDistribution(at::Tensor parameters
   logvar_ = at::clamp(parts[1], -30.0, 20.0);
 }
 
-at::Tensor DiagonalGaussianDistribution::std() const { return at::exp(logvar_ * 0.5); }
-at::Tensor DiagonalGaussianDistribution::var() const { return at::exp(logvar_); }
+at::Tensor DiagonalGaussianDistribution::std() const {
+  return at::exp(logvar_ * 0.5);
+}
+at::Tensor DiagonalGaussianDistribution::var() const {
+  return at::exp(logvar_);
+}
 
-at::Tensor DiagonalGaussianDistribution::sample(const std::vector<tensor::Generator>& generators) const {
+at::Tensor DiagonalGaussianDistribution::sample(
+    const std::vector<tensor::Generator>& generators) const {
   at::Tensor noise = tensor::randn_tensor(mean_.sizes(), generators, parameters_.scalar_type(),
                                           parameters_.device());
   return mean_ + std() * noise;
@@ -120,8 +127,9 @@ Encoder::Encoder(const AutoencoderKLConfig& config) {
                                                         config.layers_per_block,
                                                         i + 1 < channels.size(), options));
   }
-  mid_block = register_module("mid_block", nn::make<UNetMidBlock2D>(
-                                               channels.back(), config.mid_block_add_attention, options));
+  mid_block = register_module(
+      "mid_block",
+      nn::make<UNetMidBlock2D>(channels.back(), config.mid_block_add_attention, options));
   conv_norm_out = register_module(
       "conv_norm_out", nn::make<nn::GroupNorm>(config.norm_num_groups, channels.back(), 1e-6));
   conv_out = register_module("conv_out", conv(channels.back(), 2 * config.latent_channels, 3));
@@ -138,7 +146,8 @@ at::Tensor Encoder::forward(const at::Tensor& sample) {
 
 Decoder::Decoder(const AutoencoderKLConfig& config) {
   VaeBlockOptions options = block_options(config);
-  std::vector<int64_t> channels(config.block_out_channels.rbegin(), config.block_out_channels.rend());
+  std::vector<int64_t> channels(config.block_out_channels.rbegin(),
+                                config.block_out_channels.rend());
   conv_in = register_module("conv_in", conv(config.latent_channels, channels.front(), 3));
   up_blocks = register_module("up_blocks", nn::make<nn::ModuleList<UpDecoderBlock2D>>());
   for (size_t i = 0; i < channels.size(); ++i) {
@@ -146,8 +155,9 @@ Decoder::Decoder(const AutoencoderKLConfig& config) {
                                                     config.layers_per_block + 1,
                                                     i + 1 < channels.size(), options));
   }
-  mid_block = register_module("mid_block", nn::make<UNetMidBlock2D>(
-                                               channels.front(), config.mid_block_add_attention, options));
+  mid_block = register_module(
+      "mid_block",
+      nn::make<UNetMidBlock2D>(channels.front(), config.mid_block_add_attention, options));
   conv_norm_out = register_module(
       "conv_norm_out", nn::make<nn::GroupNorm>(config.norm_num_groups, channels.back(), 1e-6));
   conv_out = register_module("conv_out", conv(channels.back(), config.out_channels, 3));
@@ -165,15 +175,17 @@ at::Tensor Decoder::forward(const at::Tensor& sample) {
 AutoencoderKL::AutoencoderKL(Config config) : config_(std::move(config)) {
   size_t blocks = config_.block_out_channels.size();
   if (blocks == 0 || blocks > 16) {
-    throw_error<ArgumentError>("AutoencoderKL: block_out_channels has {} entries, expected 1 to 16", blocks);
+    throw_error<ArgumentError>("AutoencoderKL: block_out_channels has {} entries, expected 1 to 16",
+                               blocks);
   }
   check_blocks("down_block_types", config_.down_block_types, "DownEncoderBlock2D", blocks);
   check_blocks("up_block_types", config_.up_block_types, "UpDecoderBlock2D", blocks);
-  for (int64_t size : {config_.in_channels, config_.out_channels, config_.latent_channels,
-                       config_.layers_per_block, config_.norm_num_groups,
-                       *std::min_element(config_.block_out_channels.begin(),
-                                         config_.block_out_channels.end())}) {
-    if (size <= 0) throw_error<ArgumentError>("AutoencoderKL: got a size of {} in the config", size);
+  for (int64_t size :
+       {config_.in_channels, config_.out_channels, config_.latent_channels,
+        config_.layers_per_block, config_.norm_num_groups,
+        *std::min_element(config_.block_out_channels.begin(), config_.block_out_channels.end())}) {
+    if (size <= 0)
+      throw_error<ArgumentError>("AutoencoderKL: got a size of {} in the config", size);
   }
   int64_t latent = config_.latent_channels;
   encoder = register_module("encoder", nn::make<Encoder>(config_));
@@ -216,7 +228,8 @@ at::Tensor AutoencoderKL::decode_tile(const at::Tensor& z) {
 
 at::Tensor AutoencoderKL::encode_moments(const at::Tensor& x) {
   return run_sliced(x, use_slicing_, [&](const at::Tensor& part) {
-    if (!use_tiling_ || (part.size(3) <= tile_sample_min_size_ && part.size(2) <= tile_sample_min_size_)) {
+    if (!use_tiling_ ||
+        (part.size(3) <= tile_sample_min_size_ && part.size(2) <= tile_sample_min_size_)) {
       return encode_tile(part);
     }
     int64_t extent = static_cast<int64_t>(tile_latent_min_size_ * tile_overlap_factor_);
@@ -229,7 +242,8 @@ at::Tensor AutoencoderKL::encode_moments(const at::Tensor& x) {
 
 at::Tensor AutoencoderKL::decode_sample(const at::Tensor& z) {
   return run_sliced(z, use_slicing_, [&](const at::Tensor& part) {
-    if (!use_tiling_ || (part.size(3) <= tile_latent_min_size_ && part.size(2) <= tile_latent_min_size_)) {
+    if (!use_tiling_ ||
+        (part.size(3) <= tile_latent_min_size_ && part.size(2) <= tile_latent_min_size_)) {
       return decode_tile(part);
     }
     int64_t extent = static_cast<int64_t>(tile_sample_min_size_ * tile_overlap_factor_);
@@ -281,30 +295,37 @@ NamedTensors AutoencoderKL::forward_named(const std::string& method, const Named
     in.finish();
     return {{"sample", call([&] { return forward(sample); })}};
   }
-  throw_error<ArgumentError>("AutoencoderKL: method '{}' is unknown; known are forward, encode, decode", method);
+  throw_error<ArgumentError>(
+      "AutoencoderKL: method '{}' is unknown; known are forward, encode, decode", method);
 }
 
 std::string AutoencoderKL::map_key(const std::string& checkpoint_key) const {
-  static constexpr std::array<std::pair<std::string_view, std::string_view>, 4> kOldNames{{
-      {".query.", ".to_q."}, {".key.", ".to_k."}, {".value.", ".to_v."}, {".proj_attn.", ".to_out.0."}}};
+  static constexpr std::array<std::pair<std::string_view, std::string_view>, 4> kOldNames{
+      {{".query.", ".to_q."},
+       {".key.", ".to_k."},
+       {".value.", ".to_v."},
+       {".proj_attn.", ".to_out.0."}}};
   if (checkpoint_key.find(".attentions.") == std::string::npos) return checkpoint_key;
   for (auto [old_name, name] : kOldNames) {
     size_t at = checkpoint_key.find(old_name);
     if (at == std::string::npos) continue;
-    return checkpoint_key.substr(0, at) + std::string(name) + checkpoint_key.substr(at + old_name.size());
+    return checkpoint_key.substr(0, at) + std::string(name) +
+           checkpoint_key.substr(at + old_name.size());
   }
   return checkpoint_key;
 }
 
 void AutoencoderKL::fuse_qkv_projections() {
   for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) attention->fuse_projections();
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
+      attention->fuse_projections();
   }
 }
 
 void AutoencoderKL::unfuse_qkv_projections() {
   for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) attention->unfuse_projections();
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
+      attention->unfuse_projections();
   }
 }
 

@@ -24,9 +24,9 @@ ResnetBlock2D::ResnetBlock2D(int64_t in_channels, int64_t out_channels,
   norm2 = register_module("norm2", nn::make<nn::GroupNorm>(groups, out_channels, options.eps));
   conv2 = register_module("conv2", conv3x3(out_channels, out_channels));
   if (in_channels != out_channels) {
-    conv_shortcut =
-        register_module("conv_shortcut", nn::make<nn::Conv2d>(in_channels, out_channels,
-                                                              nn::Conv2dOptions{.kernel_size = 1}));
+    conv_shortcut = register_module(
+        "conv_shortcut",
+        nn::make<nn::Conv2d>(in_channels, out_channels, nn::Conv2dOptions{.kernel_size = 1}));
   }
 }
 
@@ -103,7 +103,8 @@ void VaeAttention::set_processor(const std::string& name) {
   if (name == "AttnProcessor2_0") return unfuse_projections();
   if (name == "FusedAttnProcessor2_0") return fuse_projections();
   throw_error<ArgumentError>(
-      "VaeAttention: processor '{}' is unknown; known are AttnProcessor2_0, FusedAttnProcessor2_0", name);
+      "VaeAttention: processor '{}' is unknown; known are AttnProcessor2_0, FusedAttnProcessor2_0",
+      name);
 }
 
 void VaeAttention::fuse_projections() {

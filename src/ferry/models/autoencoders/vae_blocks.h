@@ -53,8 +53,8 @@ class Upsample2D : public nn::Module {
   nn::Ptr<nn::Conv2d> conv;
 };
 
-// diffusers' Attention as the autoencoders use it: over all pixels, with a group norm before and the
-// input added.
+// diffusers' Attention as the autoencoders use it: over all pixels, with a group norm before and
+// the input added.
 class VaeAttention : public nn::AttentionModule {
  public:
   VaeAttention(int64_t channels, int64_t head_dim, const VaeBlockOptions& options);

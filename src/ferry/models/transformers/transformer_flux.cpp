@@ -54,7 +54,8 @@ void check(const FluxTransformer2DConfig& config) {
   positive("num_attention_heads", config.num_attention_heads);
   positive("joint_attention_dim", config.joint_attention_dim);
   positive("pooled_projection_dim", config.pooled_projection_dim);
-  int64_t rope = std::accumulate(config.axes_dims_rope.begin(), config.axes_dims_rope.end(), int64_t{0});
+  int64_t rope =
+      std::accumulate(config.axes_dims_rope.begin(), config.axes_dims_rope.end(), int64_t{0});
   if (rope != config.attention_head_dim) {
     throw_error<ArgumentError>(
         "FluxTransformer2DModel: axes_dims_rope sum up to {}, expected attention_head_dim {}", rope,
@@ -74,9 +75,9 @@ FluxAttentionOutput FluxAttnProcessor::run(FluxAttention& attn, const at::Tensor
   value = split_heads(value, attn.head_dim());
 
   if (attn.add_q_proj) {
-    auto [text_query, text_key, text_value] = project(attn.add_q_proj, attn.add_k_proj,
-                                                      attn.add_v_proj, attn.to_added_qkv,
-                                                      encoder_hidden_states);
+    auto [text_query, text_key, text_value] =
+        project(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_added_qkv,
+                encoder_hidden_states);
     text_query = attn.norm_added_q(split_heads(text_query, attn.head_dim()));
     text_key = attn.norm_added_k(split_heads(text_key, attn.head_dim()));
     text_value = split_heads(text_value, attn.head_dim());
@@ -183,8 +184,8 @@ FluxStreams FluxTransformerBlock::forward(const at::Tensor& hidden_states,
   FluxAttentionOutput attention = attn(image.x, text.x, at::Tensor(), &image_rotary_emb);
 
   // The image stream.
-  at::Tensor x = nn::add_to_product(image.gate_msa.unsqueeze(1) * attention.hidden_states,
-                                    hidden_states);
+  at::Tensor x =
+      nn::add_to_product(image.gate_msa.unsqueeze(1) * attention.hidden_states, hidden_states);
   at::Tensor normed = nn::modulate(norm2(x), image.scale_mlp, image.shift_mlp);
   x = nn::add_to_product(image.gate_mlp.unsqueeze(1) * ff(normed), x);
 
@@ -215,7 +216,8 @@ FluxStreams FluxSingleTransformerBlock::forward(const at::Tensor& hidden_states,
   at::Tensor residual = at::cat({encoder_hidden_states, hidden_states}, 1);  // [batch, tokens, dim]
   auto normed = norm(residual, temb);
   at::Tensor mlp = at::gelu(proj_mlp(normed.x), "tanh");  // [batch, tokens, 4 * dim]
-  at::Tensor attention = attn(normed.x, at::Tensor(), at::Tensor(), &image_rotary_emb).hidden_states;
+  at::Tensor attention =
+      attn(normed.x, at::Tensor(), at::Tensor(), &image_rotary_emb).hidden_states;
 
   at::Tensor joined = at::cat({attention, mlp}, 2);
   at::Tensor x = nn::add_to_product(normed.gate_msa.unsqueeze(1) * proj_out(joined), residual);
@@ -227,7 +229,8 @@ FluxTransformer2DModel::FluxTransformer2DModel(Config config) : config_(std::mov
   check(config_);
   int64_t dim = config_.inner_dim();
   int64_t out_channels = config_.out_channels.value_or(config_.in_channels);
-  pos_embed = register_module("pos_embed", nn::make<nn::FluxPosEmbed>(10000, config_.axes_dims_rope));
+  pos_embed =
+      register_module("pos_embed", nn::make<nn::FluxPosEmbed>(10000, config_.axes_dims_rope));
   time_text_embed = register_module(
       "time_text_embed", nn::make<nn::CombinedTimestepTextProjEmbeddings>(
                              dim, config_.pooled_projection_dim, config_.guidance_embeds));
@@ -247,7 +250,8 @@ FluxTransformer2DModel::FluxTransformer2DModel(Config config) : config_(std::mov
   norm_out = register_module("norm_out", nn::make<nn::AdaLayerNormContinuous>(
                                              dim, dim, /*elementwise_affine=*/false, 1e-6));
   proj_out = register_module(
-      "proj_out", nn::make<nn::Linear>(dim, config_.patch_size * config_.patch_size * out_channels));
+      "proj_out",
+      nn::make<nn::Linear>(dim, config_.patch_size * config_.patch_size * out_channels));
 }
 
 at::Tensor FluxTransformer2DModel::forward(const at::Tensor& hidden_states,
@@ -267,8 +271,8 @@ at::Tensor FluxTransformer2DModel::forward(const at::Tensor& hidden_states,
   at::Tensor c = context_embedder(encoder_hidden_states);  // [batch, text tokens, dim]
 
   // Ids with a batch dimension are old style: the first of the batch counts.
-  at::Tensor ids = at::cat({txt_ids.dim() == 3 ? txt_ids[0] : txt_ids,
-                            img_ids.dim() == 3 ? img_ids[0] : img_ids}, 0);
+  at::Tensor ids = at::cat(
+      {txt_ids.dim() == 3 ? txt_ids[0] : txt_ids, img_ids.dim() == 3 ? img_ids[0] : img_ids}, 0);
   nn::RotaryEmbedding image_rotary_emb = pos_embed(ids);
 
   for (size_t i = 0; i < transformer_blocks->size(); ++i) {
@@ -302,7 +306,8 @@ NamedTensors FluxTransformer2DModel::forward_named(const std::string& method,
                                                    const NamedTensors& inputs,
                                                    const nlohmann::json& arguments) {
   if (method != "forward") {
-    throw_error<ArgumentError>("FluxTransformer2DModel: method '{}' is unknown; known is forward", method);
+    throw_error<ArgumentError>("FluxTransformer2DModel: method '{}' is unknown; known is forward",
+                               method);
   }
   NamedInputs in("FluxTransformer2DModel.forward", inputs, arguments);
   at::Tensor hidden_states = in.required("hidden_states");
@@ -319,8 +324,9 @@ NamedTensors FluxTransformer2DModel::forward_named(const std::string& method,
   auto attention_kwargs = in.argument("joint_attention_kwargs", nlohmann::json::object());
   in.finish();
   if (!attention_kwargs.empty()) {
-    throw_error<ArgumentError>("FluxTransformer2DModel.forward: joint_attention_kwargs {} are not supported",
-                               attention_kwargs.dump());
+    throw_error<ArgumentError>(
+        "FluxTransformer2DModel.forward: joint_attention_kwargs {} are not supported",
+        attention_kwargs.dump());
   }
   return {{"sample", call([&] {
              return forward(hidden_states, encoder_hidden_states, pooled_projections, timestep,
@@ -330,13 +336,15 @@ NamedTensors FluxTransformer2DModel::forward_named(const std::string& method,
 
 void FluxTransformer2DModel::fuse_qkv_projections() {
   for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) attention->fuse_projections();
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
+      attention->fuse_projections();
   }
 }
 
 void FluxTransformer2DModel::unfuse_qkv_projections() {
   for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) attention->unfuse_projections();
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
+      attention->unfuse_projections();
   }
 }
 

@@ -54,7 +54,8 @@ class FluxAttnProcessor {
  public:
   virtual ~FluxAttnProcessor() = default;
   virtual std::string name() const { return "FluxAttnProcessor"; }
-  // hidden_states [batch, tokens, dim]; encoder_hidden_states [batch, text tokens, dim] or undefined.
+  // hidden_states [batch, tokens, dim]; encoder_hidden_states [batch, text tokens, dim] or
+  // undefined.
   virtual FluxAttentionOutput run(FluxAttention& attn, const at::Tensor& hidden_states,
                                   const at::Tensor& encoder_hidden_states,
                                   const at::Tensor& attention_mask,
@@ -136,7 +137,7 @@ class FluxSingleTransformerBlock : public nn::Module {
 
 // What a ControlNet adds after the blocks; block i takes the residual at its share of the list.
 struct FluxControlnetResiduals {
-  std::vector<at::Tensor> block_samples;         // [batch, image tokens, dim] each
+  std::vector<at::Tensor> block_samples;  // [batch, image tokens, dim] each
   std::vector<at::Tensor> single_block_samples;
   // Go through block_samples again and again instead of stretching them.
   bool blocks_repeat = false;
