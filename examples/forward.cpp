@@ -21,8 +21,10 @@ int main(int argc, char** argv) try {
     return ferry::tensor::randn_tensor(shape, {generator});
   };
   ferry::models::NamedTensors inputs = {
-      {"hidden_states", noise({1, 16, config["in_channels"].get<int64_t>()})},                 // [batch, tokens, channels]
-      {"encoder_hidden_states", noise({1, 8, config["joint_attention_dim"].get<int64_t>()})},  // [batch, words, channels]
+      {"hidden_states",
+       noise({1, 16, config["in_channels"].get<int64_t>()})},  // [batch, tokens, channels]
+      {"encoder_hidden_states",
+       noise({1, 8, config["joint_attention_dim"].get<int64_t>()})},  // [batch, words, channels]
       {"pooled_projections", noise({1, config["pooled_projection_dim"].get<int64_t>()})},
       {"timestep", at::full({1}, 0.5)},
       {"img_ids", at::zeros({16, 3})},
@@ -31,9 +33,10 @@ int main(int argc, char** argv) try {
   if (config["guidance_embeds"]) inputs["guidance"] = at::full({1}, 3.5);
   at::NoGradGuard no_grad;
   at::Tensor sample = model->forward_named("forward", inputs, {}).at("sample");
-  fmt::print("sample [{}], mean {:.4f}; {} read for {} of weights\n", fmt::join(sample.sizes(), ", "), sample.mean().item<float>(),
-             ferry::format_bytes(engine->report().bytes_read),
-             ferry::format_bytes(ferry::weights::total_bytes(ferry::weights::collect_slots(*model))));
+  fmt::print(
+      "sample [{}], mean {:.4f}; {} read for {} of weights\n", fmt::join(sample.sizes(), ", "),
+      sample.mean().item<float>(), ferry::format_bytes(engine->report().bytes_read),
+      ferry::format_bytes(ferry::weights::total_bytes(ferry::weights::collect_slots(*model))));
 } catch (const ferry::Error& error) {
   return fmt::print(stderr, "{}\n", error.what()), 1;
 }

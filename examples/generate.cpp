@@ -9,8 +9,16 @@ int main(int argc, char** argv) try {
   auto pipeline = ferry::Pipeline::load(argv[1], {.weights_memory_bytes = 4 << 20});
   std::stop_source stop;  // stop.request_stop() from anywhere ends the generation
   auto pictures = pipeline.generate({
-      .prompt = argv[2], .width = 64, .height = 64, .steps = 20, .max_sequence_length = 32, .seed = 7,
-      .on_progress = [](const ferry::PictureProgress& p) { std::printf("%s %d/%d\n", p.stage.c_str(), int(p.step), int(p.total)); },
+      .prompt = argv[2],
+      .width = 64,
+      .height = 64,
+      .steps = 20,
+      .max_sequence_length = 32,
+      .seed = 7,
+      .on_progress =
+          [](const ferry::PictureProgress& p) {
+            std::printf("%s %d/%d\n", p.stage.c_str(), int(p.step), int(p.total));
+          },
       .stop = stop.get_token(),
   });
   pictures.front().save(argv[3]);

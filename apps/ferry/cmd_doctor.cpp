@@ -37,7 +37,8 @@ struct TestFile {
 };
 
 // Bytes a second with which `file` arrives, with the engine's own way of reading.
-double read_rate(io::ReadEngine& engine, const std::shared_ptr<const io::File>& file, uint64_t bytes, const StopToken& stop) {
+double read_rate(io::ReadEngine& engine, const std::shared_ptr<const io::File>& file,
+                 uint64_t bytes, const StopToken& stop) {
   constexpr uint64_t kBlock = 16 << 20;
   io::AlignedBuffer buffers[2] = {io::AlignedBuffer(kBlock), io::AlignedBuffer(kBlock)};
   io::ReadTicketPtr tickets[2];
@@ -60,10 +61,12 @@ Json measure_disk(const DoctorOptions& options, const StopToken& stop) {
   uint64_t bytes = options.test_bytes.value_or(256 << 20);
   fs::path file;
   std::error_code ignored;
-  for (auto it = fs::recursive_directory_iterator(options.folder, fs::directory_options::skip_permission_denied, ignored);
+  for (auto it = fs::recursive_directory_iterator(
+           options.folder, fs::directory_options::skip_permission_denied, ignored);
        it != fs::recursive_directory_iterator(); it.increment(ignored)) {
     if (it.depth() > 4) it.disable_recursion_pending();
-    if (it->path().extension() == ".safetensors" && it->is_regular_file(ignored) && it->file_size(ignored) >= bytes) {
+    if (it->path().extension() == ".safetensors" && it->is_regular_file(ignored) &&
+        it->file_size(ignored) >= bytes) {
       file = it->path();
       break;
     }
@@ -71,18 +74,23 @@ Json measure_disk(const DoctorOptions& options, const StopToken& stop) {
   TestFile made;
   if (file.empty()) {
     if (access(options.folder.c_str(), W_OK) != 0) {
-      return {{"problem", "no safetensors file large enough to measure with, and the folder cannot be written"}};
+      return {
+          {"problem",
+           "no safetensors file large enough to measure with, and the folder cannot be written"}};
     }
     made.path = file = fs::path(options.folder) / fmt::format(".ferry-doctor-{}", getpid());
     std::ofstream out(file, std::ios::binary);
     std::vector<char> block(1 << 20, 'f');
     for (uint64_t written = 0; written < bytes; written += block.size()) {
       stop.throw_if_stopped();
-      for (size_t i = 0; i < block.size(); i += 512) block[i] = static_cast<char>((written >> 20) + i / 512);
+      for (size_t i = 0; i < block.size(); i += 512)
+        block[i] = static_cast<char>((written >> 20) + i / 512);
       out.write(block.data(), static_cast<std::streamsize>(block.size()));
     }
     out.close();
-    if (!out) throw_error<IoError>("{}: cannot write a test file of {} (a full disk?)", file.string(), format_bytes(bytes));
+    if (!out)
+      throw_error<IoError>("{}: cannot write a test file of {} (a full disk?)", file.string(),
+                           format_bytes(bytes));
     sync();
   }
   auto opened = io::File::open(file);
@@ -108,14 +116,19 @@ Json accelerator() {
   if (status == 0 && version_of) version_of(&version);
   if (status == 0 && count_of) count_of(&count);
   if (status != 0 || count == 0) {
-    return {{"found", false}, {"reason", fmt::format("the NVIDIA driver is there, but offers no device (cuInit: {})", status)}};
+    return {{"found", false},
+            {"reason",
+             fmt::format("the NVIDIA driver is there, but offers no device (cuInit: {})", status)}};
   }
-  return {{"found", true}, {"devices", count}, {"cuda_driver", fmt::format("{}.{}", version / 1000, version % 1000 / 10)}};
+  return {{"found", true},
+          {"devices", count},
+          {"cuda_driver", fmt::format("{}.{}", version / 1000, version % 1000 / 10)}};
 }
 
 std::string libtorch_path() {
   Dl_info info{};
-  if (dladdr(reinterpret_cast<void*>(&at::get_num_threads), &info) != 0 && info.dli_fname) return info.dli_fname;
+  if (dladdr(reinterpret_cast<void*>(&at::get_num_threads), &info) != 0 && info.dli_fname)
+    return info.dli_fname;
   return "";
 }
 
@@ -129,33 +142,47 @@ int run_doctor(const DoctorOptions& given, Context& context) {
 
   std::vector<std::string> advice;
   bool fast_bf16 = cpu.has("avx512_bf16") || cpu.has("amx_bf16");
-  if (!fast_bf16) advice.push_back("this CPU has no fast bf16: ferry computes bf16 weights in float32, which is slower");
+  if (!fast_bf16)
+    advice.push_back(
+        "this CPU has no fast bf16: ferry computes bf16 weights in float32, which is slower");
   if (engine->backend() != io::ReadBackend::io_uring) {
     advice.push_back("reads go through a thread pool instead of io_uring (" + engine->reason() +
                      "); in a container, allow io_uring in its seccomp profile");
   }
   if (memory.usable_bytes() < (2ull << 30)) {
-    advice.push_back(fmt::format("only {} of memory is free: use --weights-memory", format_bytes(memory.usable_bytes())));
+    advice.push_back(fmt::format("only {} of memory is free: use --weights-memory",
+                                 format_bytes(memory.usable_bytes())));
   }
   Json disk = measure_disk(options, context.stop);
   if (disk.contains("direct_io") && !disk["direct_io"].get<bool>()) {
-    advice.push_back("this folder's file system has no direct I/O: streaming goes through the page cache");
+    advice.push_back(
+        "this folder's file system has no direct I/O: streaming goes through the page cache");
   }
   if (disk.value("read_bytes_per_s", uint64_t{1} << 40) < 500'000'000) {
-    advice.push_back("this disk reads slowly; streaming will wait for it. Put the model on a faster one if there is one");
+    advice.push_back(
+        "this disk reads slowly; streaming will wait for it. Put the model on a faster one if "
+        "there is one");
   }
   Json device = accelerator();
   Json report = {
       {"ferry", FERRY_VERSION},
       {"libtorch", {{"version", TORCH_VERSION}, {"path", libtorch_path()}}},
       {"cpu",
-       {{"model", cpu.model}, {"logical_cores", cpu.logical_cores}, {"physical_cores", cpu.physical_cores},
-        {"cgroup_cpus", cpu.cgroup_cpus}, {"features", cpu.features}, {"threads", at::get_num_threads()}}},
+       {{"model", cpu.model},
+        {"logical_cores", cpu.logical_cores},
+        {"physical_cores", cpu.physical_cores},
+        {"cgroup_cpus", cpu.cgroup_cpus},
+        {"features", cpu.features},
+        {"threads", at::get_num_threads()}}},
       {"memory",
-       {{"total_bytes", memory.total_bytes}, {"available_bytes", memory.available_bytes},
+       {{"total_bytes", memory.total_bytes},
+        {"available_bytes", memory.available_bytes},
         {"usable_bytes", memory.usable_bytes()},
-        {"cgroup_limit_bytes", memory.cgroup_limit_bytes ? Json(*memory.cgroup_limit_bytes) : Json(nullptr)}}},
-      {"reads", {{"backend", engine->backend() == io::ReadBackend::io_uring ? "io_uring" : "pread"}, {"reason", engine->reason()}}},
+        {"cgroup_limit_bytes",
+         memory.cgroup_limit_bytes ? Json(*memory.cgroup_limit_bytes) : Json(nullptr)}}},
+      {"reads",
+       {{"backend", engine->backend() == io::ReadBackend::io_uring ? "io_uring" : "pread"},
+        {"reason", engine->reason()}}},
       {"disk", disk},
       {"accelerator", device},
       {"advice", advice}};
@@ -164,25 +191,31 @@ int run_doctor(const DoctorOptions& given, Context& context) {
     return 0;
   }
   std::string features;
-  for (const std::string& feature : cpu.features) features += (features.empty() ? "" : " ") + feature;
+  for (const std::string& feature : cpu.features)
+    features += (features.empty() ? "" : " ") + feature;
   fmt::print("ferry       {}\n", FERRY_VERSION);
   fmt::print("libtorch    {} ({})\n", TORCH_VERSION, libtorch_path());
-  fmt::print("CPU         {}, {} cores ({} physical), {} compute threads\n", cpu.model, cpu.logical_cores, cpu.physical_cores,
-             at::get_num_threads());
+  fmt::print("CPU         {}, {} cores ({} physical), {} compute threads\n", cpu.model,
+             cpu.logical_cores, cpu.physical_cores, at::get_num_threads());
   fmt::print("            {}\n", features.empty() ? "none of the features that matter" : features);
-  fmt::print("memory      {} free of {}{}\n", format_bytes(memory.available_bytes), format_bytes(memory.total_bytes),
-             memory.cgroup_limit_bytes ? fmt::format(", limited to {} by a cgroup", format_bytes(*memory.cgroup_limit_bytes)) : "");
+  fmt::print("memory      {} free of {}{}\n", format_bytes(memory.available_bytes),
+             format_bytes(memory.total_bytes),
+             memory.cgroup_limit_bytes ? fmt::format(", limited to {} by a cgroup",
+                                                     format_bytes(*memory.cgroup_limit_bytes))
+                                       : "");
   fmt::print("reads       {}\n", engine->reason());
   if (disk.contains("problem")) {
     fmt::print("disk        {}: {}\n", options.folder, disk["problem"].get<std::string>());
   } else {
-    fmt::print("disk        {}: {}{}\n", options.folder, format_rate(static_cast<double>(disk["read_bytes_per_s"].get<uint64_t>())),
+    fmt::print("disk        {}: {}{}\n", options.folder,
+               format_rate(static_cast<double>(disk["read_bytes_per_s"].get<uint64_t>())),
                disk["direct_io"].get<bool>() ? " with direct I/O" : " through the page cache");
   }
-  fmt::print("accelerator {}\n", device["found"].get<bool>()
-                                     ? fmt::format("{} device(s), driver for CUDA {}", device["devices"].get<int>(),
-                                                   device["cuda_driver"].get<std::string>())
-                                     : device["reason"].get<std::string>() + "; ferry runs on the CPU");
+  fmt::print("accelerator {}\n",
+             device["found"].get<bool>()
+                 ? fmt::format("{} device(s), driver for CUDA {}", device["devices"].get<int>(),
+                               device["cuda_driver"].get<std::string>())
+                 : device["reason"].get<std::string>() + "; ferry runs on the CPU");
   for (const std::string& line : advice) fmt::print("- {}\n", line);
   if (advice.empty()) fmt::print("Nothing is missing.\n");
   return 0;
@@ -192,11 +225,18 @@ int run_doctor(const DoctorOptions& given, Context& context) {
 
 Command add_doctor(CLI::App& app) {
   auto options = std::make_shared<DoctorOptions>();
-  CLI::App* command = app.add_subcommand("doctor", "Show what this machine offers, and what is missing");
-  command->description("Shows processor, memory, disk rate, how files are read, accelerator and libtorch, and what to do\n"
-                       "about what is missing.");
-  command->add_option("folder", options->folder, "folder whose disk is measured [default: the current one]")->type_name("DIR");
-  add_bytes(command, "--test-size", options->test_bytes, "read this much to measure the disk [default: 256MiB]");
+  CLI::App* command =
+      app.add_subcommand("doctor", "Show what this machine offers, and what is missing");
+  command->footer(
+      "Shows processor, memory, disk rate, how files are read, accelerator and libtorch, and what "
+      "to do\n"
+      "about what is missing.");
+  command
+      ->add_option("folder", options->folder,
+                   "folder whose disk is measured [default: the current one]")
+      ->type_name("DIR");
+  add_bytes(command, "--test-size", options->test_bytes,
+            "read this much to measure the disk [default: 256MiB]");
   command->add_flag("--json", options->json, "print JSON");
   return {command, [options](Context& context) { return run_doctor(*options, context); }};
 }

@@ -28,7 +28,8 @@ double seconds_since(Clock::time_point start) {
 }
 
 struct ForwardOptions {
-  std::string folder, inputs, output, dtype, method = "forward", variant, class_name, dump, stats, trace;
+  std::string folder, inputs, output, dtype, method = "forward", variant, class_name, dump, stats,
+                                             trace;
   std::string offload_type = "leaf_level";
   std::vector<std::string> arguments;
   std::optional<uint64_t> weights_memory, io_limit;
@@ -90,7 +91,9 @@ void attach_dump(models::Model& model, const std::string& pattern, models::Named
     module.add_hook("dump", std::make_shared<DumpHook>(path, into));
     ++matches;
   });
-  if (matches == 0) throw_error<ArgumentError>("--dump {}: no submodule of {} matches", pattern, model.class_name());
+  if (matches == 0)
+    throw_error<ArgumentError>("--dump {}: no submodule of {} matches", pattern,
+                               model.class_name());
 }
 
 // Floating-point inputs follow the model's dtype, as a caller in Python would pass them; positions
@@ -118,7 +121,8 @@ int run_forward(const ForwardOptions& options, Context& context) {
   if (!options.dtype.empty()) load.dtype = tensor::parse_dtype(options.dtype);
   load.variant = options.variant;
   auto start = Clock::now();
-  std::shared_ptr<models::Model> model = models::load_model(options.folder, load, options.class_name);
+  std::shared_ptr<models::Model> model =
+      models::load_model(options.folder, load, options.class_name);
   const auto& files = model->binding()->checkpoint->files();
   auto drop_cache = [&] {
     for (const auto& file : files) file->drop_cache();
@@ -135,8 +139,10 @@ int run_forward(const ForwardOptions& options, Context& context) {
     if (!options.trace.empty()) engine_options.trace = &trace;
     engine = std::make_shared<offload::Engine>(engine_options);
     hooks::GroupOffloadingConfig config;
-    if (options.offload_type == "block_level") config.offload_type = hooks::OffloadType::block_level;
-    offloading = hooks::apply_group_offloading(*model, model->binding(), engine, config, model->class_name());
+    if (options.offload_type == "block_level")
+      config.offload_type = hooks::OffloadType::block_level;
+    offloading = hooks::apply_group_offloading(*model, model->binding(), engine, config,
+                                               model->class_name());
   } else {
     model->load_weights();
   }
@@ -145,7 +151,8 @@ int run_forward(const ForwardOptions& options, Context& context) {
   pipelines::StopHooks stop_hooks(*model, context.stop);
   std::optional<double> first_compute;
   for_each_module(*model, [&](const std::string&, nn::Module& module) {
-    if (module.children().empty()) module.add_hook("first_compute", std::make_shared<FirstComputeHook>(first_compute));
+    if (module.children().empty())
+      module.add_hook("first_compute", std::make_shared<FirstComputeHook>(first_compute));
   });
   cast_inputs(inputs, model->dtype());
 
@@ -158,7 +165,9 @@ int run_forward(const ForwardOptions& options, Context& context) {
     if (options.cold && i > 0) drop_cache();
     bool last = i + 1 == options.repeat;
     if (i == 1) {
-      for_each_module(*model, [](const std::string&, nn::Module& module) { module.remove_hook("first_compute"); });
+      for_each_module(*model, [](const std::string&, nn::Module& module) {
+        module.remove_hook("first_compute");
+      });
     }
     if (last && !options.dump.empty()) attach_dump(*model, options.dump, dumped);
     offload::Report before = engine ? engine->report() : offload::Report{};
@@ -169,7 +178,8 @@ int run_forward(const ForwardOptions& options, Context& context) {
     bytes_read.push_back(after.bytes_read - before.bytes_read);
     stall_seconds.push_back(after.stall_seconds - before.stall_seconds);
     if (!context.quiet) {
-      fmt::print(stderr, "forward {}/{}: {}{}\n", i + 1, options.repeat, format_duration(forward_seconds.back()),
+      fmt::print(stderr, "forward {}/{}: {}{}\n", i + 1, options.repeat,
+                 format_duration(forward_seconds.back()),
                  engine ? fmt::format(", {} read", format_bytes(bytes_read.back())) : "");
     }
   }
@@ -183,7 +193,8 @@ int run_forward(const ForwardOptions& options, Context& context) {
         {"forward_seconds", forward_seconds},
         {"bytes_read", bytes_read},
         {"peak_rss_bytes", peak_rss_bytes()},
-        {"process_start_to_first_compute_seconds", first_compute ? nlohmann::json(*first_compute) : nullptr},
+        {"process_start_to_first_compute_seconds",
+         first_compute ? nlohmann::json(*first_compute) : nullptr},
         {"weight_bytes", weights::total_bytes(weights::collect_slots(*model))},
         {"dtype", tensor::dtype_name(model->dtype())},
         {"threads", at::get_num_threads()},
@@ -212,32 +223,55 @@ int run_forward(const ForwardOptions& options, Context& context) {
 Command add_forward(CLI::App& app) {
   auto options = std::make_shared<ForwardOptions>();
   CLI::App* command = app.add_subcommand("forward", "Run one component on named tensors");
-  command->description(
+  command->footer(
       "Runs one component folder (transformer, vae, text_encoder, ...) on named tensors.\n"
-      "Inputs carry the names of the forward arguments in diffusers or transformers, outputs those of the\n"
+      "Inputs carry the names of the forward arguments in diffusers or transformers, outputs those "
+      "of the\n"
       "output class (sample, last_hidden_state, pooler_output, ...).");
-  command->add_option("component", options->folder, "folder with config.json and weights")->required()->type_name("DIR");
-  command->add_option("--inputs", options->inputs, "safetensors file")->required()->type_name("FILE");
-  command->add_option("--output", options->output, "safetensors file to write")->required()->type_name("FILE");
+  command->add_option("component", options->folder, "folder with config.json and weights")
+      ->required()
+      ->type_name("DIR");
+  command->add_option("--inputs", options->inputs, "safetensors file")
+      ->required()
+      ->type_name("FILE");
+  command->add_option("--output", options->output, "safetensors file to write")
+      ->required()
+      ->type_name("FILE");
   add_bytes(command, "--weights-memory", options->weights_memory,
             "stream the weights under this budget, e.g. 512MiB [default: all in memory]");
-  command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16 [default: as stored]")->type_name("DTYPE");
-  command->add_option("--threads", options->threads, "compute threads")->check(CLI::PositiveNumber)->type_name("N");
+  command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16 [default: as stored]")
+      ->type_name("DTYPE");
+  command->add_option("--threads", options->threads, "compute threads")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
   command->add_option("--method", options->method, "forward, or encode or decode of an autoencoder")
-      ->type_name("NAME")->capture_default_str();
-  command->add_option("--arg", options->arguments, "argument that is no tensor, repeatable")->type_name("NAME=VALUE");
-  command->add_option("--repeat", options->repeat, "run this many times")->check(CLI::PositiveNumber)
-      ->type_name("N")->capture_default_str();
-  command->add_flag("--cold", options->cold, "drop the checkpoint from the page cache before each run");
-  command->add_option("--dump", options->dump, "also write the outputs of submodules whose path matches")
+      ->type_name("NAME")
+      ->capture_default_str();
+  command->add_option("--arg", options->arguments, "argument that is no tensor, repeatable")
+      ->type_name("NAME=VALUE");
+  command->add_option("--repeat", options->repeat, "run this many times")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N")
+      ->capture_default_str();
+  command->add_flag("--cold", options->cold,
+                    "drop the checkpoint from the page cache before each run");
+  command
+      ->add_option("--dump", options->dump,
+                   "also write the outputs of submodules whose path matches")
       ->type_name("REGEX");
-  command->add_option("--stats", options->stats, "write times, bytes and peak memory as JSON")->type_name("FILE");
-  command->add_option("--trace", options->trace, "write a Chrome/Perfetto trace (with --weights-memory)")
+  command->add_option("--stats", options->stats, "write times, bytes and peak memory as JSON")
       ->type_name("FILE");
-  command->add_option("--variant", options->variant, "weights variant, e.g. fp16")->type_name("NAME");
-  command->add_option("--class", options->class_name, "class to use instead of config.json's")->type_name("CLASS");
+  command
+      ->add_option("--trace", options->trace,
+                   "write a Chrome/Perfetto trace (with --weights-memory)")
+      ->type_name("FILE");
+  command->add_option("--variant", options->variant, "weights variant, e.g. fp16")
+      ->type_name("NAME");
+  command->add_option("--class", options->class_name, "class to use instead of config.json's")
+      ->type_name("CLASS");
   command->add_option("--offload-type", options->offload_type, "leaf_level or block_level")
-      ->check(CLI::IsMember({"leaf_level", "block_level"}))->capture_default_str();
+      ->check(CLI::IsMember({"leaf_level", "block_level"}))
+      ->capture_default_str();
   add_rate(command, "--io-limit", options->io_limit, "read no faster than this, e.g. 500MB/s");
   return {command, [options](Context& context) { return run_forward(*options, context); }};
 }

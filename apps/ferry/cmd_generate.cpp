@@ -78,7 +78,9 @@ class Stages {
 std::string numbered(const std::string& path, size_t index, size_t count) {
   if (count == 1) return path;
   fs::path file(path);
-  return (file.parent_path() / fmt::format("{}-{}{}", file.stem().string(), index, file.extension().string())).string();
+  return (file.parent_path() /
+          fmt::format("{}-{}{}", file.stem().string(), index, file.extension().string()))
+      .string();
 }
 
 std::optional<pipelines::Texts> optional_texts(const std::vector<std::string>& texts) {
@@ -87,20 +89,25 @@ std::optional<pipelines::Texts> optional_texts(const std::vector<std::string>& t
 }
 
 // What a picture was made from, for its file.
-std::vector<std::pair<std::string, std::string>> picture_text(const GenerateOptions& options, uint64_t seed, size_t index,
-                                                              const pipelines::DiffusionPipeline& pipeline,
-                                                              const pipelines::Image& image) {
-  size_t prompt = std::min(index / static_cast<size_t>(options.num_images), options.prompt.size() - 1);
+std::vector<std::pair<std::string, std::string>> picture_text(
+    const GenerateOptions& options, uint64_t seed, size_t index,
+    const pipelines::DiffusionPipeline& pipeline, const pipelines::Image& image) {
+  size_t prompt =
+      std::min(index / static_cast<size_t>(options.num_images), options.prompt.size() - 1);
   std::vector<std::pair<std::string, std::string>> text = {{"prompt", options.prompt[prompt]}};
   auto add = [&](const char* key, const auto& value) {
     if (value) text.emplace_back(key, fmt::format("{}", *value));
   };
-  if (!options.prompt_2.empty()) text.emplace_back("prompt_2", options.prompt_2[std::min(prompt, options.prompt_2.size() - 1)]);
+  if (!options.prompt_2.empty())
+    text.emplace_back("prompt_2", options.prompt_2[std::min(prompt, options.prompt_2.size() - 1)]);
   if (!options.negative_prompt.empty()) {
-    text.emplace_back("negative_prompt", options.negative_prompt[std::min(prompt, options.negative_prompt.size() - 1)]);
+    text.emplace_back(
+        "negative_prompt",
+        options.negative_prompt[std::min(prompt, options.negative_prompt.size() - 1)]);
   }
   text.emplace_back("seed", std::to_string(seed));
-  text.emplace_back("image", fmt::format("{} of {}", index + 1, options.prompt.size() * options.num_images));
+  text.emplace_back("image",
+                    fmt::format("{} of {}", index + 1, options.prompt.size() * options.num_images));
   add("steps", options.steps);
   add("guidance_scale", options.guidance_scale);
   add("true_cfg_scale", options.true_cfg_scale);
@@ -136,7 +143,8 @@ pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uin
     } else if (tensors.size() == 1) {
       a.latents = tensors.begin()->second;
     } else {
-      throw_error<ArgumentError>("--latents {}: expected a tensor named \"latents\"", options.latents);
+      throw_error<ArgumentError>("--latents {}: expected a tensor named \"latents\"",
+                                 options.latents);
     }
   }
   return a;
@@ -145,10 +153,12 @@ pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uin
 int run_generate(const GenerateOptions& options, Context& context) {
   auto start = Clock::now();
   bool latent = pipelines::parse_output_type(options.output_type) == pipelines::OutputType::latent;
-  for (const std::string* path : {&options.output, &options.stats, &options.trace}) check_writable_parent(*path);
+  for (const std::string* path : {&options.output, &options.stats, &options.trace})
+    check_writable_parent(*path);
   if (latent) {
     if (fs::path(options.output).extension() != ".safetensors") {
-      throw_error<ArgumentError>("--output {}: latents are written as .safetensors", options.output);
+      throw_error<ArgumentError>("--output {}: latents are written as .safetensors",
+                                 options.output);
     }
   } else {
     pipelines::check_image_extension(options.output);
@@ -183,7 +193,8 @@ int run_generate(const GenerateOptions& options, Context& context) {
   std::string size;
   if (latent) {
     if (!at::isfinite(output.tensor).all().item<bool>()) {
-      throw_error<Error>("the latents hold NaN or infinite values; nothing was written. Try --dtype fp32 or bf16");
+      throw_error<Error>(
+          "the latents hold NaN or infinite values; nothing was written. Try --dtype fp32 or bf16");
     }
     save_tensors(options.output, {{"latents", output.tensor}});
     written.push_back(options.output);
@@ -192,8 +203,9 @@ int run_generate(const GenerateOptions& options, Context& context) {
     for (size_t i = 0; i < output.images.size(); ++i) {
       const pipelines::Image& image = output.images[i];
       written.push_back(numbered(options.output, i, output.images.size()));
-      pipelines::save_image(image, written.back(),
-                            {.quality = options.quality, .text = picture_text(options, seed, i, *pipeline, image)});
+      pipelines::save_image(
+          image, written.back(),
+          {.quality = options.quality, .text = picture_text(options, seed, i, *pipeline, image)});
       size = fmt::format("{}x{}", image.width, image.height);
     }
   }
@@ -201,14 +213,19 @@ int run_generate(const GenerateOptions& options, Context& context) {
   offload::Report report = pipeline->engine() ? pipeline->engine()->report() : offload::Report{};
   uint64_t weight_bytes = 0;
   for (const auto& [name, component] : pipeline->components()) {
-    if (component.model) weight_bytes += weights::total_bytes(weights::collect_slots(*component.model));
+    if (component.model)
+      weight_bytes += weights::total_bytes(weights::collect_slots(*component.model));
   }
   if (!options.trace.empty()) io::write_file(options.trace, trace.to_json());
   if (!options.stats.empty()) {
-    nlohmann::ordered_json stats = {{"pipeline", pipeline->class_name()}, {"seed", seed},
-                                    {"files", written},                   {"load_seconds", load_seconds},
-                                    {"stage_seconds", stages.seconds()},  {"total_seconds", seconds},
-                                    {"bytes_read", report.bytes_read},    {"weight_bytes", weight_bytes},
+    nlohmann::ordered_json stats = {{"pipeline", pipeline->class_name()},
+                                    {"seed", seed},
+                                    {"files", written},
+                                    {"load_seconds", load_seconds},
+                                    {"stage_seconds", stages.seconds()},
+                                    {"total_seconds", seconds},
+                                    {"bytes_read", report.bytes_read},
+                                    {"weight_bytes", weight_bytes},
                                     {"peak_rss_bytes", peak_rss_bytes()}};
     if (pipeline->engine()) {
       stats["weights_memory_bytes"] = *options.weights_memory;
@@ -218,11 +235,12 @@ int run_generate(const GenerateOptions& options, Context& context) {
     write_json(options.stats, stats);
   }
   if (!context.quiet) {
-    fmt::print("{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), size, seed, format_duration(seconds),
-               format_bytes(peak_rss_bytes()),
-               pipeline->engine() ? fmt::format("{} streamed (weights {} in {})", format_bytes(report.bytes_read),
-                                                format_bytes(weight_bytes), format_bytes(report.peak_bytes))
-                                  : fmt::format("weights {} resident", format_bytes(weight_bytes)));
+    fmt::print("{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), size, seed,
+               format_duration(seconds), format_bytes(peak_rss_bytes()),
+               pipeline->engine()
+                   ? fmt::format("{} streamed (weights {} in {})", format_bytes(report.bytes_read),
+                                 format_bytes(weight_bytes), format_bytes(report.peak_bytes))
+                   : fmt::format("weights {} resident", format_bytes(weight_bytes)));
   }
   return 0;
 }
@@ -232,45 +250,80 @@ int run_generate(const GenerateOptions& options, Context& context) {
 Command add_generate(CLI::App& app) {
   auto o = std::make_shared<GenerateOptions>();
   CLI::App* command = app.add_subcommand("generate", "Make pictures from a prompt");
-  command->description(
+  command->footer(
       "Makes pictures from a prompt with a pipeline folder as Python diffusers writes it. With\n"
       "--weights-memory, weights are streamed from disk and take no more memory than that.");
-  command->add_option("-m,--model", o->model, "pipeline folder, or org/repo[@revision] in the local Hugging Face cache")
-      ->required()->type_name("DIR|NAME");
+  command
+      ->add_option("-m,--model", o->model,
+                   "pipeline folder, or org/repo[@revision] in the local Hugging Face cache")
+      ->required()
+      ->type_name("DIR|NAME");
   // take one value each, so that a prompt never swallows what follows
-  auto texts = [&](const std::string& flags, std::vector<std::string>& into, const std::string& help) {
-    return command->add_option(flags, into, help)->type_name("TEXT")->type_size(1)->allow_extra_args(false);
+  auto texts = [&](const std::string& flags, std::vector<std::string>& into,
+                   const std::string& help) {
+    return command->add_option(flags, into, help)
+        ->type_name("TEXT")
+        ->type_size(1)
+        ->allow_extra_args(false);
   };
   texts("-p,--prompt", o->prompt, "what to draw; repeat for several pictures")->required();
-  command->add_option("-o,--output", o->output, "file to write: .png, .jpg, .webp (latents: .safetensors)")
-      ->required()->type_name("FILE");
+  command
+      ->add_option("-o,--output", o->output,
+                   "file to write: .png, .jpg, .webp (latents: .safetensors)")
+      ->required()
+      ->type_name("FILE");
   texts("--prompt-2", o->prompt_2, "for the second text encoder [default: --prompt]");
   texts("--negative-prompt", o->negative_prompt, "what not to draw; with --true-cfg-scale above 1");
   texts("--negative-prompt-2", o->negative_prompt_2, "for the second text encoder");
-  command->add_option("-W,--width", o->width, "pixels")->check(CLI::PositiveNumber)->type_name("N");
-  command->add_option("-H,--height", o->height, "pixels")->check(CLI::PositiveNumber)->type_name("N");
-  command->add_option("--steps", o->steps, "denoising steps [default: 28]")->check(CLI::PositiveNumber)->type_name("N");
-  command->add_option("--guidance-scale", o->guidance_scale, "for models with guidance embeddings [default: 3.5]")
+  command->add_option("-W,--width", o->width, "pixels [default: what the model was trained on]")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command->add_option("-H,--height", o->height, "pixels [default: what the model was trained on]")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command->add_option("--steps", o->steps, "denoising steps [default: 28]")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command
+      ->add_option("--guidance-scale", o->guidance_scale,
+                   "for models with guidance embeddings [default: 3.5]")
       ->type_name("X");
-  command->add_option("--true-cfg-scale", o->true_cfg_scale, "classifier-free guidance, two passes a step [default: 1]")
+  command
+      ->add_option("--true-cfg-scale", o->true_cfg_scale,
+                   "classifier-free guidance, two passes a step [default: 1]")
       ->type_name("X");
-  command->add_option("--max-sequence-length", o->max_sequence_length, "tokens of the prompt, at most 512 [default: 512]")
-      ->check(CLI::Range(1, 512))->type_name("N");
-  command->add_option("-s,--seed", o->seed, "of the noise [default: random, and told]")->type_name("N");
-  command->add_option("-n,--num-images", o->num_images, "pictures of each prompt")->check(CLI::PositiveNumber)
-      ->type_name("N")->capture_default_str();
-  command->add_option("--latents", o->latents, "start from these packed latents (safetensors)")->type_name("FILE");
-  command->add_option("--output-type", o->output_type, "image or latent")->check(CLI::IsMember({"image", "latent"}))
+  command
+      ->add_option("--max-sequence-length", o->max_sequence_length,
+                   "tokens of the prompt, at most 512 [default: 512]")
+      ->check(CLI::Range(1, 512))
+      ->type_name("N");
+  command->add_option("-s,--seed", o->seed, "of the noise [default: random, and told]")
+      ->type_name("N");
+  command->add_option("-n,--num-images", o->num_images, "pictures of each prompt")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N")
       ->capture_default_str();
-  command->add_option("--quality", o->quality, "of JPEG and WebP")->check(CLI::Range(1, 100))->capture_default_str();
-  command->add_option("--dtype", o->dtype, "bf16, fp16 or fp32; or transformer=bf16,vae=fp32 [default: as stored]")
+  command->add_option("--latents", o->latents, "start from these packed latents (safetensors)")
+      ->type_name("FILE");
+  command->add_option("--output-type", o->output_type, "image or latent")
+      ->check(CLI::IsMember({"image", "latent"}))
+      ->capture_default_str();
+  command->add_option("--quality", o->quality, "of JPEG and WebP")
+      ->check(CLI::Range(1, 100))
+      ->capture_default_str();
+  command
+      ->add_option("--dtype", o->dtype,
+                   "bf16, fp16 or fp32; or transformer=bf16,vae=fp32 [default: as stored]")
       ->type_name("DTYPE");
   command->add_option("--variant", o->variant, "weights variant, e.g. fp16")->type_name("NAME");
-  command->add_option("--threads", o->threads, "compute threads")->check(CLI::PositiveNumber)->type_name("N");
+  command->add_option("--threads", o->threads, "compute threads")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
   add_bytes(command, "--weights-memory", o->weights_memory,
             "stream the weights under this budget, e.g. 6GB or 512MiB [default: all in memory]");
   add_rate(command, "--io-limit", o->io_limit, "read no faster than this, e.g. 500MB/s");
-  command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")->type_name("FILE");
+  command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")
+      ->type_name("FILE");
   command->add_option("--trace", o->trace, "write a Chrome/Perfetto trace")->type_name("FILE");
   return {command, [o](Context& context) { return run_generate(*o, context); }};
 }

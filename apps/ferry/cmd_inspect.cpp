@@ -74,7 +74,8 @@ Json describe_streaming(const models::Model& model) {
           {"comfortable_budget_bytes", 2 * largest.second + (64ull << 20)}};
 }
 
-Json describe_component(const fs::path& folder, const InspectOptions& options, const std::string& class_hint) {
+Json describe_component(const fs::path& folder, const InspectOptions& options,
+                        const std::string& class_hint) {
   Json config = Json::parse(io::read_text_file(folder / "config.json"));
   std::string class_name = class_hint;
   if (class_name.empty() && config.contains("_class_name")) class_name = config["_class_name"];
@@ -86,8 +87,10 @@ Json describe_component(const fs::path& folder, const InspectOptions& options, c
   for (const char* candidate : {"diffusion_pytorch_model", "model"}) {
     std::string with_variant = candidate + (options.variant.empty() ? "" : "." + options.variant);
     for (const std::string& name : {std::string(candidate), with_variant}) {
-      if (fs::exists(folder / (name + ".safetensors")) || fs::exists(folder / (name + ".safetensors.index.json")) ||
-          fs::exists(folder / fmt::format("{}.safetensors.index.{}.json", candidate, options.variant))) {
+      if (fs::exists(folder / (name + ".safetensors")) ||
+          fs::exists(folder / (name + ".safetensors.index.json")) ||
+          fs::exists(folder /
+                     fmt::format("{}.safetensors.index.{}.json", candidate, options.variant))) {
         base = candidate;
       }
     }
@@ -114,7 +117,8 @@ Json describe_component(const fs::path& folder, const InspectOptions& options, c
 
 Json describe_pipeline(const fs::path& folder, const InspectOptions& options) {
   Json index = Json::parse(io::read_text_file(folder / "model_index.json"));
-  Json description = {{"kind", "pipeline"}, {"class", index.value("_class_name", "")}, {"path", folder.string()}};
+  Json description = {
+      {"kind", "pipeline"}, {"class", index.value("_class_name", "")}, {"path", folder.string()}};
   Json components = Json::object();
   for (const auto& [name, value] : index.items()) {
     if (name.starts_with("_")) continue;
@@ -144,7 +148,8 @@ Json describe_pipeline(const fs::path& folder, const InspectOptions& options) {
     bytes += component.value("bytes", uint64_t{0});
     parameters += component.value("parameters", uint64_t{0});
     if (component.contains("streaming")) {
-      smallest = std::max(smallest, component["streaming"]["smallest_budget_bytes"].get<uint64_t>());
+      smallest =
+          std::max(smallest, component["streaming"]["smallest_budget_bytes"].get<uint64_t>());
     }
   }
   description["parameters"] = parameters;
@@ -163,30 +168,36 @@ void print_weights(const Json& d, const char* indent) {
   if (d.contains("parameters") && d.contains("files")) {
     std::string dtypes;
     for (const auto& [dtype, bytes] : d["bytes_by_dtype"].items()) {
-      dtypes += fmt::format("{}{} {}", dtypes.empty() ? "" : ", ", dtype, format_bytes(bytes.get<uint64_t>()));
+      dtypes += fmt::format("{}{} {}", dtypes.empty() ? "" : ", ", dtype,
+                            format_bytes(bytes.get<uint64_t>()));
     }
-    fmt::print("{}{} parameters in {} tensors; {}; {} file{}\n", indent, count_text(d["parameters"]), d["tensors"].get<size_t>(),
-               dtypes, d["files"].size(), d["files"].size() == 1 ? "" : "s");
+    fmt::print("{}{} parameters in {} tensors; {}; {} file{}\n", indent,
+               count_text(d["parameters"]), d["tensors"].get<size_t>(), dtypes, d["files"].size(),
+               d["files"].size() == 1 ? "" : "s");
   }
   if (d.contains("streaming")) {
     const Json& s = d["streaming"];
-    fmt::print("{}streaming: at least about {}; largest leaf {} ({}); comfortable from {}\n", indent,
-               format_bytes(s["smallest_budget_bytes"]), format_bytes(s["largest_leaf_bytes"]),
-               s["largest_leaf"].get<std::string>(), format_bytes(s["comfortable_budget_bytes"]));
+    fmt::print("{}streaming: at least about {}; largest leaf {} ({}); comfortable from {}\n",
+               indent, format_bytes(s["smallest_budget_bytes"]),
+               format_bytes(s["largest_leaf_bytes"]), s["largest_leaf"].get<std::string>(),
+               format_bytes(s["comfortable_budget_bytes"]));
   }
-  if (d.contains("supported") && !d["supported"].get<bool>()) fmt::print("{}ferry does not have this class\n", indent);
+  if (d.contains("supported") && !d["supported"].get<bool>())
+    fmt::print("{}ferry does not have this class\n", indent);
   if (d.contains("problem")) fmt::print("{}problem: {}\n", indent, d["problem"].get<std::string>());
   if (d.contains("tensor_list")) {
     for (const Json& t : d["tensor_list"]) {
-      fmt::print("{}  {} {} {}\n", indent, t["name"].get<std::string>(), t["dtype"].get<std::string>(), t["shape"].dump());
+      fmt::print("{}  {} {} {}\n", indent, t["name"].get<std::string>(),
+                 t["dtype"].get<std::string>(), t["shape"].dump());
     }
   }
 }
 
 void print_description(const Json& d) {
   if (d["kind"] == "pipeline") {
-    fmt::print("{}: {}, {} parameters, {}\n", d["path"].get<std::string>(), d["class"].get<std::string>(),
-               count_text(d["parameters"]), format_bytes(d["bytes"]));
+    fmt::print("{}: {}, {} parameters, {}\n", d["path"].get<std::string>(),
+               d["class"].get<std::string>(), count_text(d["parameters"]),
+               format_bytes(d["bytes"]));
     for (const auto& [name, component] : d["components"].items()) {
       if (component["class"].is_null()) {
         fmt::print("  {}: none\n", name);
@@ -197,7 +208,8 @@ void print_description(const Json& d) {
     }
     if (d.contains("settings")) fmt::print("  settings: {}\n", d["settings"].dump());
     if (d["smallest_budget_bytes"] > 0) {
-      fmt::print("ferry generate --weights-memory needs at least about {}\n", format_bytes(d["smallest_budget_bytes"]));
+      fmt::print("ferry generate --weights-memory needs at least about {}\n",
+                 format_bytes(d["smallest_budget_bytes"]));
     }
   } else {
     fmt::print("{}: {}\n", d["path"].get<std::string>(), d.value("class", "safetensors file"));
@@ -221,11 +233,13 @@ int run_inspect(const InspectOptions& options, Context&) {
     fmt::print("{}\n", traits_of(options.traits).dump(2));
     return 0;
   }
-  if (options.path.empty()) throw_error<ArgumentError>("inspect: give a folder, a file or --traits CLASS");
+  if (options.path.empty())
+    throw_error<ArgumentError>("inspect: give a folder, a file or --traits CLASS");
   Json description;
   if (fs::is_regular_file(options.path)) {
     description = {{"kind", "file"}, {"path", options.path}};
-    description.update(describe_checkpoint(*weights::Checkpoint::open_file(options.path), options.tensors));
+    description.update(
+        describe_checkpoint(*weights::Checkpoint::open_file(options.path), options.tensors));
   } else {
     fs::path folder = pipelines::resolve_folder(options.path);
     if (fs::exists(folder / "model_index.json")) {
@@ -234,7 +248,9 @@ int run_inspect(const InspectOptions& options, Context&) {
       description = {{"kind", "component"}, {"path", folder.string()}};
       description.update(describe_component(folder, options, ""));
     } else {
-      throw_error<IoError>("{}: neither a pipeline (model_index.json) nor a component (config.json)", folder.string());
+      throw_error<IoError>(
+          "{}: neither a pipeline (model_index.json) nor a component (config.json)",
+          folder.string());
     }
   }
   if (options.json) {
@@ -250,14 +266,20 @@ int run_inspect(const InspectOptions& options, Context&) {
 Command add_inspect(CLI::App& app) {
   auto options = std::make_shared<InspectOptions>();
   CLI::App* command = app.add_subcommand("inspect", "Show what is in a model folder or file");
-  command->description("Shows components, classes, parameters, bytes by dtype, files, and what streaming would take.\n"
-                       "Reads headers only.");
-  command->add_option("path", options->path, "pipeline or component folder, safetensors file, or org/repo[@revision]")
+  command->footer(
+      "Shows components, classes, parameters, bytes by dtype, files, and what streaming would "
+      "take.\n"
+      "Reads headers only.");
+  command
+      ->add_option("path", options->path,
+                   "pipeline or component folder, safetensors file, or org/repo[@revision]")
       ->type_name("DIR|FILE");
   command->add_flag("--json", options->json, "print JSON");
   command->add_flag("--tensors", options->tensors, "also list every tensor");
-  command->add_option("--variant", options->variant, "weights variant, e.g. fp16")->type_name("NAME");
-  command->add_option("--traits", options->traits, "print what a model class declares, as JSON")->type_name("CLASS");
+  command->add_option("--variant", options->variant, "weights variant, e.g. fp16")
+      ->type_name("NAME");
+  command->add_option("--traits", options->traits, "print what a model class declares, as JSON")
+      ->type_name("CLASS");
   return {command, [options](Context& context) { return run_inspect(*options, context); }};
 }
 

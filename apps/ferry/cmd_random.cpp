@@ -43,58 +43,69 @@ const std::vector<Preset>& presets() {
       {"flux-dev", "FluxTransformer2DModel",
        R"({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "guidance_embeds": true, "in_channels": 64,
            "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38,
-           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768})", 0},
+           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768})",
+       0},
       {"flux-schnell", "FluxTransformer2DModel",
        R"({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "guidance_embeds": false, "in_channels": 64,
            "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38,
-           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768})", 0},
+           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768})",
+       0},
       {"flux-2gb", "FluxTransformer2DModel",
        R"({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "guidance_embeds": false, "in_channels": 64,
            "joint_attention_dim": 4096, "num_attention_heads": 15, "num_layers": 4, "num_single_layers": 8,
-           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768})", 500'000'000},
+           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 768})",
+       500'000'000},
       {"t5-xxl", "T5EncoderModel",
        R"({"classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64, "d_model": 4096, "decoder_start_token_id": 0,
            "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu",
            "initializer_factor": 1.0, "is_encoder_decoder": true, "is_gated_act": true, "layer_norm_epsilon": 1e-06,
            "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64, "num_layers": 24, "output_past": true,
            "pad_token_id": 0, "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
-           "tie_word_embeddings": false, "use_cache": true, "vocab_size": 32128})", 5'000'000'000},
+           "tie_word_embeddings": false, "use_cache": true, "vocab_size": 32128})",
+       5'000'000'000},
       {"clip-l", "CLIPTextModel",
        R"({"attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "hidden_act": "quick_gelu",
            "hidden_size": 768, "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 3072,
            "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
            "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768,
-           "vocab_size": 49408})", 0},
+           "vocab_size": 49408})",
+       0},
       {"flux-vae", "AutoencoderKL", kFluxVae, 0},
       {"flux-dev-tiny", "FluxTransformer2DModel",
        R"({"attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "guidance_embeds": true, "in_channels": 16,
            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 2, "num_single_layers": 2,
-           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 32})", 0},
+           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 32})",
+       0},
       {"flux-schnell-tiny", "FluxTransformer2DModel",
        R"({"attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "guidance_embeds": false, "in_channels": 16,
            "joint_attention_dim": 32, "num_attention_heads": 2, "num_layers": 2, "num_single_layers": 2,
-           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 32})", 0},
+           "out_channels": null, "patch_size": 1, "pooled_projection_dim": 32})",
+       0},
       {"t5-xxl-tiny", "T5EncoderModel",
        R"({"d_ff": 64, "d_kv": 16, "d_model": 32, "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-06,
-           "model_type": "t5", "num_heads": 2, "num_layers": 2, "pad_token_id": 0, "vocab_size": 1000})", 0},
+           "model_type": "t5", "num_heads": 2, "num_layers": 2, "pad_token_id": 0, "vocab_size": 1000})",
+       0},
       {"clip-l-tiny", "CLIPTextModel",
        R"({"bos_token_id": 0, "eos_token_id": 2, "hidden_act": "quick_gelu", "hidden_size": 32,
            "intermediate_size": 64, "layer_norm_eps": 1e-05, "max_position_embeddings": 77,
            "model_type": "clip_text_model", "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 1,
-           "projection_dim": 32, "vocab_size": 1000})", 0},
+           "projection_dim": 32, "vocab_size": 1000})",
+       0},
       {"flux-vae-tiny", "AutoencoderKL",
        R"({"block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
            "force_upcast": true, "in_channels": 3, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4,
            "out_channels": 3, "sample_size": 32, "scaling_factor": 0.3611, "shift_factor": 0.1159,
            "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"], "use_post_quant_conv": false,
-           "use_quant_conv": false})", 0},
+           "use_quant_conv": false})",
+       0},
   };
   return table;
 }
 
 std::string preset_names() {
   std::string names;
-  for (const Preset& preset : presets()) names += (names.empty() ? "" : ", ") + std::string(preset.name);
+  for (const Preset& preset : presets())
+    names += (names.empty() ? "" : ", ") + std::string(preset.name);
   return names;
 }
 
@@ -117,7 +128,8 @@ std::pair<double, double> deviation_and_mean(const weights::Slot& slot) {
 }
 
 void write_random(io::SafetensorsWriter& writer, const weights::Slot& slot, at::ScalarType dtype,
-                  tensor::Generator& generator, const StopToken& stop, const std::function<void(uint64_t)>& wrote) {
+                  tensor::Generator& generator, const StopToken& stop,
+                  const std::function<void(uint64_t)>& wrote) {
   auto [deviation, mean] = deviation_and_mean(slot);
   constexpr int64_t kChunk = 1 << 20;
   for (int64_t left = slot.tensor.numel(); left > 0; left -= kChunk) {
@@ -130,8 +142,8 @@ void write_random(io::SafetensorsWriter& writer, const weights::Slot& slot, at::
 }
 
 // The slots of each file: in order, a new file where the next slot would pass the limit.
-std::vector<std::vector<const weights::Slot*>> cut_into_shards(const std::vector<weights::Slot>& slots,
-                                                               at::ScalarType dtype, uint64_t limit) {
+std::vector<std::vector<const weights::Slot*>> cut_into_shards(
+    const std::vector<weights::Slot>& slots, at::ScalarType dtype, uint64_t limit) {
   std::vector<std::vector<const weights::Slot*>> shards(1);
   uint64_t filled = 0;
   for (const weights::Slot& slot : slots) {
@@ -158,11 +170,13 @@ int run_random(const RandomOptions& options, Context& context) {
     config = Json::parse(preset->config);
     shard_bytes = preset->shard_bytes;
     if (class_name != preset->class_name) {
-      throw_error<ArgumentError>("preset {} is a {}, not a {}", preset->name, preset->class_name, class_name);
+      throw_error<ArgumentError>("preset {} is a {}, not a {}", preset->name, preset->class_name,
+                                 class_name);
     }
   } else {
     if (!std::filesystem::exists(options.config)) {
-      throw_error<ArgumentError>("--config {}: neither a file nor a preset; presets: {}", options.config, preset_names());
+      throw_error<ArgumentError>("--config {}: neither a file nor a preset; presets: {}",
+                                 options.config, preset_names());
     }
     config = Json::parse(io::read_text_file(options.config), nullptr, /*allow_exceptions=*/false);
     if (!config.is_object()) throw_error<FormatError>("{}: expected a JSON object", options.config);
@@ -186,11 +200,13 @@ int run_random(const RandomOptions& options, Context& context) {
   auto shards = cut_into_shards(slots, dtype, shard_bytes);
   Json index = {{"metadata", {{"total_size", total}}}, {"weight_map", Json::object()}};
   auto generator = tensor::Generator().manual_seed(options.seed);
-  ProgressBar progress("writing MB", total / 1'000'000, {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
+  ProgressBar progress("writing MB", total / 1'000'000,
+                       {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
   uint64_t written_bytes = 0;
   for (size_t i = 0; i < shards.size(); ++i) {
     std::string file = shards.size() == 1 ? base + ".safetensors"
-                                          : fmt::format("{}-{:05}-of-{:05}.safetensors", base, i + 1, shards.size());
+                                          : fmt::format("{}-{:05}-of-{:05}.safetensors", base,
+                                                        i + 1, shards.size());
     std::vector<io::SafetensorsWriter::Entry> entries;
     for (const weights::Slot* slot : shards[i]) {
       entries.push_back({slot->name(), tensor::from_torch(dtype), slot->shape().vec()});
@@ -211,7 +227,8 @@ int run_random(const RandomOptions& options, Context& context) {
   Json config_written = model->config_json();
   if (diffusers) {
     if (!config_written.contains("_class_name")) config_written["_class_name"] = class_name;
-    if (!config_written.contains("_diffusers_version")) config_written["_diffusers_version"] = "0.42.1";
+    if (!config_written.contains("_diffusers_version"))
+      config_written["_diffusers_version"] = "0.42.1";
   } else {
     if (!config_written.contains("architectures")) config_written["architectures"] = {class_name};
     config_written["dtype"] = tensor::dtype_name(dtype);
@@ -219,8 +236,8 @@ int run_random(const RandomOptions& options, Context& context) {
   // Last: a folder with config.json is complete.
   write_json((out / "config.json").string(), config_written);
   if (!context.quiet) {
-    fmt::print("{}: {} {} in {} file{}\n", options.out, class_name, format_bytes(total), shards.size(),
-               shards.size() == 1 ? "" : "s");
+    fmt::print("{}: {} {} in {} file{}\n", options.out, class_name, format_bytes(total),
+               shards.size(), shards.size() == 1 ? "" : "s");
   }
   return 0;
 }
@@ -229,16 +246,26 @@ int run_random(const RandomOptions& options, Context& context) {
 
 Command add_random(CLI::App& app) {
   auto options = std::make_shared<RandomOptions>();
-  CLI::App* command = app.add_subcommand("random", "Write a component with random weights, for measuring");
-  command->description(
-      "Writes a component of true shapes with random normal weights, tensor by tensor, so that a folder\n"
-      "larger than memory can be made. Presets: " + preset_names() + ".");
+  CLI::App* command =
+      app.add_subcommand("random", "Write a component with random weights, for measuring");
+  command->footer(
+      "Writes a component of true shapes with random normal weights, tensor by tensor, so that a "
+      "folder\n"
+      "larger than memory can be made. Presets: " +
+      preset_names() + ".");
   command->add_option("class", options->class_name, "e.g. FluxTransformer2DModel, T5EncoderModel")
-      ->required()->type_name("CLASS");
-  command->add_option("--config", options->config, "config.json, or a preset")->required()->type_name("FILE|PRESET");
+      ->required()
+      ->type_name("CLASS");
+  command->add_option("--config", options->config, "config.json, or a preset")
+      ->required()
+      ->type_name("FILE|PRESET");
   command->add_option("--out", options->out, "folder to write")->required()->type_name("DIR");
-  command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16")->type_name("DTYPE")->capture_default_str();
-  command->add_option("--seed", options->seed, "of the random numbers")->type_name("N")->capture_default_str();
+  command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16")
+      ->type_name("DTYPE")
+      ->capture_default_str();
+  command->add_option("--seed", options->seed, "of the random numbers")
+      ->type_name("N")
+      ->capture_default_str();
   add_bytes(command, "--max-shard-size", options->shard_bytes, "start a new file above this size");
   return {command, [options](Context& context) { return run_random(*options, context); }};
 }

@@ -14,25 +14,40 @@ Command add_schedule(CLI::App& app) {
     std::vector<std::string> arguments;
   };
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("schedule", "Run a scheduler's steps on given model outputs");
-  command->description(
+  CLI::App* command =
+      app.add_subcommand("schedule", "Run a scheduler's steps on given model outputs");
+  command->footer(
       "Runs set_timesteps and a whole trajectory of steps with given model outputs.\n"
-      "Inputs: model_outputs [n, ...], sample, optional noise [n, ...], timesteps [n] or sigmas [n].\n"
+      "Inputs: model_outputs [n, ...], sample, optional noise [n, ...], timesteps [n] or sigmas "
+      "[n].\n"
       "Outputs: timesteps, sigmas, init_noise_sigma, trajectory [n+1, ...] (the sample first).");
-  command->add_option("config", options->config, "scheduler_config.json")->required()->type_name("CONFIG.json");
-  command->add_option("--inputs", options->inputs, "safetensors file")->required()->type_name("FILE");
-  command->add_option("--output", options->output, "safetensors file to write")->required()->type_name("FILE");
-  command->add_option("--steps", options->steps, "num_inference_steps")->check(CLI::PositiveNumber)->type_name("N");
-  command->add_option("--class", options->class_name, "the scheduler's class [default: _class_name of CONFIG.json]")
+  command->add_option("config", options->config, "scheduler_config.json")
+      ->required()
+      ->type_name("CONFIG.json");
+  command->add_option("--inputs", options->inputs, "safetensors file")
+      ->required()
+      ->type_name("FILE");
+  command->add_option("--output", options->output, "safetensors file to write")
+      ->required()
+      ->type_name("FILE");
+  command->add_option("--steps", options->steps, "num_inference_steps")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command
+      ->add_option("--class", options->class_name,
+                   "the scheduler's class [default: _class_name of CONFIG.json]")
       ->type_name("CLASS");
-  command->add_option("--arg", options->arguments, "argument of set_timesteps or step (mu=0.8, s_churn=1), repeatable")
+  command
+      ->add_option("--arg", options->arguments,
+                   "argument of set_timesteps or step (mu=0.8, s_churn=1), repeatable")
       ->type_name("NAME=VALUE");
   return {command, [options](Context& context) {
             check_writable_parent(options->output);
             c10::InferenceMode inference;
             auto scheduler = schedulers::load_scheduler(options->config, options->class_name);
-            auto outputs = schedulers::run_trajectory(*scheduler, load_tensors(options->inputs), options->steps,
-                                                      parse_arguments(options->arguments));
+            auto outputs =
+                schedulers::run_trajectory(*scheduler, load_tensors(options->inputs),
+                                           options->steps, parse_arguments(options->arguments));
             save_tensors(options->output, outputs);
             return 0;
           }};

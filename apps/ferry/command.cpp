@@ -34,7 +34,8 @@ nlohmann::json parse_arguments(const std::vector<std::string>& items) {
 namespace {
 
 CLI::Option* add_number(CLI::App* app, const std::string& flags, std::optional<uint64_t>& into,
-                        const std::string& help, uint64_t (*parse)(std::string_view, std::string_view),
+                        const std::string& help,
+                        uint64_t (*parse)(std::string_view, std::string_view),
                         const std::string& type) {
   auto set = [&into, flags, parse](const std::string& text) {
     try {
@@ -66,7 +67,8 @@ void check_writable_parent(const std::string& path) {
   if (path.empty()) return;
   auto parent = std::filesystem::absolute(path).parent_path();
   if (!std::filesystem::is_directory(parent)) {
-    throw_error<IoError>("{}: the folder {} does not exist; create it first", path, parent.string());
+    throw_error<IoError>("{}: the folder {} does not exist; create it first", path,
+                         parent.string());
   }
   if (std::filesystem::is_directory(path)) {
     throw_error<IoError>("{}: is a folder, expected the name of a file to write", path);

@@ -76,7 +76,8 @@ int run(const ferry::cli::Command& command, ferry::cli::Context& context) {
 int main(int argc, char** argv) {
   using namespace ferry::cli;
   CLI::App app(
-      "ferry runs diffusion models in less memory than their weights need: it streams them from disk "
+      "ferry runs diffusion models in less memory than their weights need: it streams them from "
+      "disk "
       "while they compute.",
       "ferry");
   app.set_version_flag("--version", "ferry " FERRY_VERSION);
@@ -87,12 +88,14 @@ int main(int argc, char** argv) {
 
   Context context;
   std::string log_level;
-  app.add_option("--log-level", log_level, "trace, debug, info, warn, error or off [default: warn; or FERRY_LOG]")
+  app.add_option("--log-level", log_level,
+                 "trace, debug, info, warn, error or off [default: warn; or FERRY_LOG]")
       ->type_name("LEVEL");
   app.add_flag("-q,--quiet", context.quiet, "no progress, no log but errors");
 
-  std::vector<Command> commands = {add_generate(app), add_inspect(app), add_forward(app), add_schedule(app),
-                                   add_tokenize(app), add_random(app),  add_doctor(app)};
+  std::vector<Command> commands = {add_generate(app), add_inspect(app),  add_forward(app),
+                                   add_schedule(app), add_tokenize(app), add_random(app),
+                                   add_doctor(app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -11,11 +11,13 @@ namespace ferry::cli {
 std::map<std::string, at::Tensor> load_tensors(const std::filesystem::path& path) {
   auto checkpoint = weights::Checkpoint::open_file(path);
   std::map<std::string, at::Tensor> tensors;
-  for (const auto& stored : checkpoint->tensors()) tensors[stored.key] = weights::read_stored(stored);
+  for (const auto& stored : checkpoint->tensors())
+    tensors[stored.key] = weights::read_stored(stored);
   return tensors;
 }
 
-void save_tensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors) {
+void save_tensors(const std::filesystem::path& path,
+                  const std::map<std::string, at::Tensor>& tensors) {
   std::vector<io::SafetensorsWriter::Entry> entries;
   for (const auto& [name, tensor] : tensors) {
     entries.push_back({name, tensor::from_torch(tensor.scalar_type()), tensor.sizes().vec()});

@@ -13,6 +13,7 @@ namespace ferry::cli {
 std::map<std::string, at::Tensor> load_tensors(const std::filesystem::path& path);
 
 // Published whole or not at all. Throws IoError, ArgumentError (a dtype safetensors cannot hold).
-void save_tensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors);
+void save_tensors(const std::filesystem::path& path,
+                  const std::map<std::string, at::Tensor>& tensors);
 
 }  // namespace ferry::cli

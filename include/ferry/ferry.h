@@ -34,7 +34,7 @@ struct PictureProgress {
 struct PictureOptions {
   std::string prompt;
   std::optional<std::string> negative_prompt;  // with true_cfg_scale above 1
-  std::optional<int64_t> width, height;        // pixels
+  std::optional<int64_t> width, height;  // pixels; what the model was trained on
   std::optional<int64_t> steps;
   std::optional<double> guidance_scale, true_cfg_scale;
   std::optional<int64_t> max_sequence_length;  // tokens

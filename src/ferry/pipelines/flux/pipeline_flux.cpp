@@ -24,11 +24,13 @@ T value_of(const nlohmann::ordered_json& config, const char* key, T fallback) {
 }
 
 // What a model returned under `name`.
-at::Tensor output_of(models::Model& model, const std::string& method, const models::NamedTensors& inputs,
-                     const char* name, const nlohmann::json& arguments = nlohmann::json::object()) {
+at::Tensor output_of(models::Model& model, const std::string& method,
+                     const models::NamedTensors& inputs, const char* name,
+                     const nlohmann::json& arguments = nlohmann::json::object()) {
   models::NamedTensors outputs = model.forward_named(method, inputs, arguments);
   auto it = outputs.find(name);
-  if (it == outputs.end()) throw_error<Error>("{}: {} gave no output \"{}\"", model.class_name(), method, name);
+  if (it == outputs.end())
+    throw_error<Error>("{}: {} gave no output \"{}\"", model.class_name(), method, name);
   return it->second;
 }
 
@@ -41,37 +43,41 @@ at::Tensor repeat_rows(const at::Tensor& tensor, int64_t count) {
 Texts broadcast(const Texts& texts, size_t batch, const char* what) {
   if (texts.size() == batch) return texts;
   if (texts.size() == 1) return Texts(std::vector<std::string>(batch, texts.front()));
-  throw_error<ArgumentError>("`{}` has {} texts, expected 1 or one for each of the {} prompts", what, texts.size(), batch);
+  throw_error<ArgumentError>("`{}` has {} texts, expected 1 or one for each of the {} prompts",
+                             what, texts.size(), batch);
 }
 
 // Token ids [batch, max_length], padded. Tells what was cut off, as diffusers does.
-at::Tensor tokenize(const text::Tokenizer& tokenizer, const Texts& texts, int64_t max_length, const char* limit) {
-  auto padded = tokenizer.encode(std::span<const std::string>(texts), {.max_length = max_length,
-                                                                       .padding = text::Padding::max_length,
-                                                                       .truncation = true});
+at::Tensor tokenize(const text::Tokenizer& tokenizer, const Texts& texts, int64_t max_length,
+                    const char* limit) {
+  auto padded = tokenizer.encode(
+      std::span<const std::string>(texts),
+      {.max_length = max_length, .padding = text::Padding::max_length, .truncation = true});
   at::Tensor ids = at::empty({static_cast<int64_t>(texts.size()), max_length}, at::kLong);
   for (size_t i = 0; i < texts.size(); ++i) {
-    std::copy(padded[i].ids.begin(), padded[i].ids.end(), ids.mutable_data_ptr<int64_t>() + static_cast<int64_t>(i) * max_length);
+    std::copy(padded[i].ids.begin(), padded[i].ids.end(),
+              ids.mutable_data_ptr<int64_t>() + static_cast<int64_t>(i) * max_length);
     std::vector<int64_t> whole = tokenizer.encode(texts[i]).ids;
     if (static_cast<int64_t>(whole.size()) <= max_length) continue;
     std::span<const int64_t> removed(whole);
     removed = removed.subspan(max_length - 1, removed.size() - max_length);
-    log::warn("the following part of the prompt was cut off because {} {} tokens: \"{}\"", limit, max_length,
-              tokenizer.decode(removed, /*skip_special_tokens=*/true));
+    log::warn("the following part of the prompt was cut off because {} {} tokens: \"{}\"", limit,
+              max_length, tokenizer.decode(removed, /*skip_special_tokens=*/true));
   }
   return ids;
 }
 
 }  // namespace
 
-double calculate_shift(int64_t image_seq_len, int64_t base_seq_len, int64_t max_seq_len, double base_shift,
-                       double max_shift) {
+double calculate_shift(int64_t image_seq_len, int64_t base_seq_len, int64_t max_seq_len,
+                       double base_shift, double max_shift) {
   double m = (max_shift - base_shift) / static_cast<double>(max_seq_len - base_seq_len);
   double b = base_shift - m * static_cast<double>(base_seq_len);
   return static_cast<double>(image_seq_len) * m + b;
 }
 
-FluxPipeline::FluxPipeline(std::map<std::string, Component> components, nlohmann::ordered_json config)
+FluxPipeline::FluxPipeline(std::map<std::string, Component> components,
+                           nlohmann::ordered_json config)
     : DiffusionPipeline(std::move(components), std::move(config)) {
   if (has("vae")) {
     auto channels = model("vae").config_json().at("block_out_channels");
@@ -80,7 +86,8 @@ FluxPipeline::FluxPipeline(std::map<std::string, Component> components, nlohmann
 }
 
 at::Tensor FluxPipeline::pack_latents(const at::Tensor& latents) {
-  int64_t batch = latents.size(0), channels = latents.size(1), height = latents.size(2), width = latents.size(3);
+  int64_t batch = latents.size(0), channels = latents.size(1), height = latents.size(2),
+          width = latents.size(3);
   return latents.view({batch, channels, height / 2, 2, width / 2, 2})
       .permute({0, 2, 4, 1, 3, 5})
       .reshape({batch, (height / 2) * (width / 2), channels * 4});
@@ -95,32 +102,41 @@ at::Tensor FluxPipeline::unpack_latents(const at::Tensor& latents, int64_t heigh
       .reshape({batch, channels / 4, rows * 2, columns * 2});
 }
 
-at::Tensor FluxPipeline::latent_image_ids(int64_t height, int64_t width, at::ScalarType dtype, at::Device device) {
+at::Tensor FluxPipeline::latent_image_ids(int64_t height, int64_t width, at::ScalarType dtype,
+                                          at::Device device) {
   at::Tensor ids = at::zeros({height, width, 3});
   ids.select(2, 1).add_(at::arange(height, at::kFloat).unsqueeze(1));
   ids.select(2, 2).add_(at::arange(width, at::kFloat).unsqueeze(0));
   return ids.reshape({height * width, 3}).to(device, dtype);
 }
 
-void FluxPipeline::check_inputs(const FluxPipelineArguments& a, int64_t height, int64_t width) const {
+void FluxPipeline::check_inputs(const FluxPipelineArguments& a, int64_t height,
+                                int64_t width) const {
   int64_t multiple = vae_scale_factor_ * 2;
   if (height < multiple || width < multiple) {
-    throw_error<ArgumentError>("`height` {} and `width` {}: expected at least {} each", height, width, multiple);
+    throw_error<ArgumentError>("`height` {} and `width` {}: expected at least {} each", height,
+                               width, multiple);
   }
   if (height % multiple != 0 || width % multiple != 0) {
-    log::warn("`height` and `width` have to be divisible by {} but are {} and {}; the picture becomes {}x{}", multiple,
-              height, width, width / multiple * multiple, height / multiple * multiple);
+    log::warn(
+        "`height` and `width` have to be divisible by {} but are {} and {}; the picture becomes "
+        "{}x{}",
+        multiple, height, width, width / multiple * multiple, height / multiple * multiple);
   }
   for (const std::string& name : a.callback_on_step_end_tensor_inputs) {
     if (name != "latents" && name != "prompt_embeds") {
-      throw_error<ArgumentError>("`callback_on_step_end_tensor_inputs`: {}: expected \"latents\" or \"prompt_embeds\"", name);
+      throw_error<ArgumentError>(
+          "`callback_on_step_end_tensor_inputs`: {}: expected \"latents\" or \"prompt_embeds\"",
+          name);
     }
   }
   if (!a.prompt.empty() && a.prompt_embeds) {
     throw_error<ArgumentError>("give only one of `prompt` and `prompt_embeds`");
   }
-  if (a.prompt_2 && a.prompt_embeds) throw_error<ArgumentError>("give only one of `prompt_2` and `prompt_embeds`");
-  if (a.prompt.empty() && !a.prompt_embeds) throw_error<ArgumentError>("give either `prompt` or `prompt_embeds`");
+  if (a.prompt_2 && a.prompt_embeds)
+    throw_error<ArgumentError>("give only one of `prompt_2` and `prompt_embeds`");
+  if (a.prompt.empty() && !a.prompt_embeds)
+    throw_error<ArgumentError>("give either `prompt` or `prompt_embeds`");
   if (a.negative_prompt && a.negative_prompt_embeds) {
     throw_error<ArgumentError>("give only one of `negative_prompt` and `negative_prompt_embeds`");
   }
@@ -128,19 +144,24 @@ void FluxPipeline::check_inputs(const FluxPipelineArguments& a, int64_t height, 
     throw_error<ArgumentError>("give only one of `negative_prompt_2` and `negative_prompt_embeds`");
   }
   if (a.prompt_embeds && !a.pooled_prompt_embeds) {
-    throw_error<ArgumentError>("`prompt_embeds` also need `pooled_prompt_embeds`, made by the same text encoders");
+    throw_error<ArgumentError>(
+        "`prompt_embeds` also need `pooled_prompt_embeds`, made by the same text encoders");
   }
   if (a.negative_prompt_embeds && !a.negative_pooled_prompt_embeds) {
-    throw_error<ArgumentError>("`negative_prompt_embeds` also need `negative_pooled_prompt_embeds`");
+    throw_error<ArgumentError>(
+        "`negative_prompt_embeds` also need `negative_pooled_prompt_embeds`");
   }
   if (a.max_sequence_length < 1 || a.max_sequence_length > 512) {
-    throw_error<ArgumentError>("`max_sequence_length` {}: expected 1 to 512", a.max_sequence_length);
+    throw_error<ArgumentError>("`max_sequence_length` {}: expected 1 to 512",
+                               a.max_sequence_length);
   }
   if (a.num_inference_steps < 1) {
-    throw_error<ArgumentError>("`num_inference_steps` {}: expected 1 or more", a.num_inference_steps);
+    throw_error<ArgumentError>("`num_inference_steps` {}: expected 1 or more",
+                               a.num_inference_steps);
   }
   if (a.num_images_per_prompt < 1) {
-    throw_error<ArgumentError>("`num_images_per_prompt` {}: expected 1 or more", a.num_images_per_prompt);
+    throw_error<ArgumentError>("`num_images_per_prompt` {}: expected 1 or more",
+                               a.num_images_per_prompt);
   }
 }
 
@@ -148,19 +169,26 @@ at::Tensor FluxPipeline::clip_embeds(const Texts& prompt) {
   models::Model& encoder = model("text_encoder");
   const text::Tokenizer& clip = tokenizer("tokenizer");
   // A tokenizer that names no limit is bound by the encoder's positions.
-  int64_t length = std::min(clip.model_max_length(), value_of<int64_t>(encoder.config_json(), "max_position_embeddings", 77));
+  int64_t length =
+      std::min(clip.model_max_length(),
+               value_of<int64_t>(encoder.config_json(), "max_position_embeddings", 77));
   at::Tensor ids = tokenize(clip, prompt, length, "CLIP takes at most");
-  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}}, "pooler_output").to(encoder.dtype());
+  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}}, "pooler_output")
+      .to(encoder.dtype());
 }
 
 at::Tensor FluxPipeline::t5_embeds(const Texts& prompt, int64_t max_sequence_length) {
   models::Model& encoder = model("text_encoder_2");
-  at::Tensor ids = tokenize(tokenizer("tokenizer_2"), prompt, max_sequence_length, "max_sequence_length is set to");
-  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}}, "last_hidden_state").to(encoder.dtype());
+  at::Tensor ids = tokenize(tokenizer("tokenizer_2"), prompt, max_sequence_length,
+                            "max_sequence_length is set to");
+  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}},
+                   "last_hidden_state")
+      .to(encoder.dtype());
 }
 
 FluxPipeline::PromptEmbeds FluxPipeline::encode_prompt(const Texts& prompt, const Texts& prompt_2,
-                                                       int64_t num_images_per_prompt, int64_t max_sequence_length) {
+                                                       int64_t num_images_per_prompt,
+                                                       int64_t max_sequence_length) {
   at::NoGradGuard no_grad;
   models::Model& transformer = model("transformer");
   auto options = at::TensorOptions().dtype(transformer.dtype()).device(transformer.device());
@@ -175,43 +203,52 @@ FluxPipeline::PromptEmbeds FluxPipeline::encode_prompt(const Texts& prompt, cons
 FluxPipeline::PromptEmbeds FluxPipeline::conditioning(const std::optional<Texts>& prompt,
                                                       const std::optional<Texts>& prompt_2,
                                                       const std::optional<at::Tensor>& embeds,
-                                                      const std::optional<at::Tensor>& pooled, int64_t batch,
+                                                      const std::optional<at::Tensor>& pooled,
+                                                      int64_t batch,
                                                       const FluxPipelineArguments& a) {
   if (!embeds) {
     Texts first = broadcast(*prompt, batch, "prompt");
-    return encode_prompt(first, prompt_2 ? broadcast(*prompt_2, batch, "prompt_2") : first, a.num_images_per_prompt,
-                         a.max_sequence_length);
+    return encode_prompt(first, prompt_2 ? broadcast(*prompt_2, batch, "prompt_2") : first,
+                         a.num_images_per_prompt, a.max_sequence_length);
   }
   models::Model& transformer = model("transformer");
   auto options = at::TensorOptions().dtype(transformer.dtype()).device(transformer.device());
   if (embeds->dim() != 3 || pooled->dim() != 2 || embeds->size(0) != pooled->size(0)) {
-    throw_error<ArgumentError>("prompt embeddings: got [{}] and pooled [{}], expected [batch, tokens, channels] and "
-                               "[batch, channels]", fmt::join(embeds->sizes(), ", "), fmt::join(pooled->sizes(), ", "));
+    throw_error<ArgumentError>(
+        "prompt embeddings: got [{}] and pooled [{}], expected [batch, tokens, channels] and "
+        "[batch, channels]",
+        fmt::join(embeds->sizes(), ", "), fmt::join(pooled->sizes(), ", "));
   }
   if (embeds->size(0) != batch) {
-    throw_error<ArgumentError>("prompt embeddings for {} pictures, expected {}", embeds->size(0), batch);
+    throw_error<ArgumentError>("prompt embeddings for {} pictures, expected {}", embeds->size(0),
+                               batch);
   }
   return {repeat_rows(embeds->to(options), a.num_images_per_prompt),
-          repeat_rows(pooled->to(options), a.num_images_per_prompt), at::zeros({embeds->size(1), 3}, options)};
+          repeat_rows(pooled->to(options), a.num_images_per_prompt),
+          at::zeros({embeds->size(1), 3}, options)};
 }
 
-at::Tensor FluxPipeline::prepare_latents(const FluxPipelineArguments& a, int64_t batch, int64_t height, int64_t width) {
+at::Tensor FluxPipeline::prepare_latents(const FluxPipelineArguments& a, int64_t batch,
+                                         int64_t height, int64_t width) {
   models::Model& transformer = model("transformer");
   int64_t channels = value_of<int64_t>(transformer.config_json(), "in_channels", 64) / 4;
-  int64_t rows = 2 * (height / (vae_scale_factor_ * 2)), columns = 2 * (width / (vae_scale_factor_ * 2));
+  int64_t rows = 2 * (height / (vae_scale_factor_ * 2)),
+          columns = 2 * (width / (vae_scale_factor_ * 2));
   if (a.latents) {
     std::vector<int64_t> expected = {batch, rows / 2 * (columns / 2), channels * 4};
     if (a.latents->sizes() != at::IntArrayRef(expected)) {
-      throw_error<ArgumentError>("`latents`: got [{}], expected packed [{}]", fmt::join(a.latents->sizes(), ", "),
-                                 fmt::join(expected, ", "));
+      throw_error<ArgumentError>("`latents`: got [{}], expected packed [{}]",
+                                 fmt::join(a.latents->sizes(), ", "), fmt::join(expected, ", "));
     }
     return a.latents->to(transformer.device(), transformer.dtype());
   }
   if (a.generator.size() > 1 && static_cast<int64_t>(a.generator.size()) != batch) {
-    throw_error<ArgumentError>("{} generators for a batch of {} pictures; give one, or one for each", a.generator.size(), batch);
+    throw_error<ArgumentError>(
+        "{} generators for a batch of {} pictures; give one, or one for each", a.generator.size(),
+        batch);
   }
-  return pack_latents(tensor::randn_tensor({batch, channels, rows, columns}, a.generator, transformer.dtype(),
-                                           transformer.device()));
+  return pack_latents(tensor::randn_tensor({batch, channels, rows, columns}, a.generator,
+                                           transformer.dtype(), transformer.device()));
 }
 
 void FluxPipeline::set_timesteps(const FluxPipelineArguments& a, int64_t image_tokens) {
@@ -226,22 +263,25 @@ void FluxPipeline::set_timesteps(const FluxPipelineArguments& a, int64_t image_t
   } else {
     // numpy.linspace(1.0, 1 / n, n)
     int64_t n = a.num_inference_steps;
-    double end = 1.0 / static_cast<double>(n), step = n > 1 ? (end - 1.0) / static_cast<double>(n - 1) : 0;
+    double end = 1.0 / static_cast<double>(n),
+           step = n > 1 ? (end - 1.0) / static_cast<double>(n - 1) : 0;
     std::vector<double> sigmas(n);
     for (int64_t i = 0; i < n; ++i) sigmas[i] = static_cast<double>(i) * step + 1.0;
     if (n > 1) sigmas[n - 1] = end;
     timesteps.sigmas = sigmas;
   }
-  timesteps.mu = calculate_shift(image_tokens, value_of<int64_t>(config, "base_image_seq_len", 256),
-                                 value_of<int64_t>(config, "max_image_seq_len", 4096),
-                                 value_of(config, "base_shift", 0.5), value_of(config, "max_shift", 1.15));
+  timesteps.mu =
+      calculate_shift(image_tokens, value_of<int64_t>(config, "base_image_seq_len", 256),
+                      value_of<int64_t>(config, "max_image_seq_len", 4096),
+                      value_of(config, "base_shift", 0.5), value_of(config, "max_shift", 1.15));
   scheduler.set_timesteps(timesteps);
   scheduler.set_begin_index(0);
   num_timesteps_ = scheduler.timesteps().numel();
 }
 
-at::Tensor FluxPipeline::predict(const at::Tensor& latents, const at::Tensor& timestep, const at::Tensor& guidance,
-                                 const PromptEmbeds& embeds, const at::Tensor& image_ids,
+at::Tensor FluxPipeline::predict(const at::Tensor& latents, const at::Tensor& timestep,
+                                 const at::Tensor& guidance, const PromptEmbeds& embeds,
+                                 const at::Tensor& image_ids,
                                  const nlohmann::json& attention_kwargs) {
   models::NamedTensors inputs = {{"hidden_states", latents},
                                  {"timestep", timestep / 1000},
@@ -276,21 +316,26 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
   };
   std::vector<std::unique_ptr<StopHooks>> stop_hooks;
   for (const auto& [name, component] : components()) {
-    if (component.model) stop_hooks.push_back(std::make_unique<StopHooks>(*component.model, a.stop));
+    if (component.model)
+      stop_hooks.push_back(std::make_unique<StopHooks>(*component.model, a.stop));
   }
 
-  bool has_negative = a.negative_prompt || (a.negative_prompt_embeds && a.negative_pooled_prompt_embeds);
+  bool has_negative =
+      a.negative_prompt || (a.negative_prompt_embeds && a.negative_pooled_prompt_embeds);
   bool true_cfg = a.true_cfg_scale > 1 && has_negative;
   if (true_cfg && a.prompt_embeds && a.negative_prompt_embeds &&
       a.prompt_embeds->sizes() != a.negative_prompt_embeds->sizes()) {
-    throw_error<ArgumentError>("`prompt_embeds` [{}] and `negative_prompt_embeds` [{}] must have the same shape",
-                               fmt::join(a.prompt_embeds->sizes(), ", "),
-                               fmt::join(a.negative_prompt_embeds->sizes(), ", "));
+    throw_error<ArgumentError>(
+        "`prompt_embeds` [{}] and `negative_prompt_embeds` [{}] must have the same shape",
+        fmt::join(a.prompt_embeds->sizes(), ", "),
+        fmt::join(a.negative_prompt_embeds->sizes(), ", "));
   }
-  int64_t batch = a.prompt_embeds ? a.prompt_embeds->size(0) : static_cast<int64_t>(a.prompt.size());
+  int64_t batch =
+      a.prompt_embeds ? a.prompt_embeds->size(0) : static_cast<int64_t>(a.prompt.size());
 
   tell("encode", 0, 1);
-  PromptEmbeds embeds = conditioning(a.prompt, a.prompt_2, a.prompt_embeds, a.pooled_prompt_embeds, batch, a);
+  PromptEmbeds embeds =
+      conditioning(a.prompt, a.prompt_2, a.prompt_embeds, a.pooled_prompt_embeds, batch, a);
   PromptEmbeds negative;
   if (true_cfg) {
     negative = conditioning(a.negative_prompt, a.negative_prompt_2, a.negative_prompt_embeds,
@@ -300,12 +345,15 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
 
   batch *= a.num_images_per_prompt;
   at::Tensor latents = prepare_latents(a, batch, height, width);
-  at::Tensor image_ids = latent_image_ids(height / (vae_scale_factor_ * 2), width / (vae_scale_factor_ * 2),
-                                          latents.scalar_type(), latents.device());
+  at::Tensor image_ids =
+      latent_image_ids(height / (vae_scale_factor_ * 2), width / (vae_scale_factor_ * 2),
+                       latents.scalar_type(), latents.device());
   set_timesteps(a, latents.size(1));
   at::Tensor guidance;
   if (value_of(model("transformer").config_json(), "guidance_embeds", false)) {
-    guidance = at::full({1}, a.guidance_scale, at::TensorOptions().dtype(at::kFloat).device(latents.device())).expand({batch});
+    guidance = at::full({1}, a.guidance_scale,
+                        at::TensorOptions().dtype(at::kFloat).device(latents.device()))
+                   .expand({batch});
   }
 
   schedulers::Scheduler& scheduler = this->scheduler();
@@ -316,9 +364,11 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
     at::Tensor t = scheduler.timesteps()[i];
     current_timestep_ = t;
     at::Tensor timestep = t.expand({batch}).to(latents.scalar_type());
-    at::Tensor noise = predict(latents, timestep, guidance, embeds, image_ids, a.joint_attention_kwargs);
+    at::Tensor noise =
+        predict(latents, timestep, guidance, embeds, image_ids, a.joint_attention_kwargs);
     if (true_cfg) {
-      at::Tensor unwanted = predict(latents, timestep, guidance, negative, image_ids, a.joint_attention_kwargs);
+      at::Tensor unwanted =
+          predict(latents, timestep, guidance, negative, image_ids, a.joint_attention_kwargs);
       noise = unwanted + a.true_cfg_scale * (noise - unwanted);
     }
     latents = scheduler.step(noise, t, latents, step_arguments);
@@ -347,7 +397,8 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
     output.images = images_from_tensor(pictures);
   } else {
     output.tensor = denormalize(pictures);
-    if (a.output_type == OutputType::np) output.tensor = output.tensor.permute({0, 2, 3, 1}).to(at::kCPU, at::kFloat);
+    if (a.output_type == OutputType::np)
+      output.tensor = output.tensor.permute({0, 2, 3, 1}).to(at::kCPU, at::kFloat);
   }
   tell("decode", 1, 1);
   return output;
@@ -361,8 +412,11 @@ PipelineOutput FluxPipeline::text_to_image(const TextToImageArguments& common) {
   a.negative_prompt_2 = common.negative_prompt_2;
   a.true_cfg_scale = common.true_cfg_scale.value_or(a.true_cfg_scale);
   a.guidance_scale = common.guidance_scale.value_or(a.guidance_scale);
-  a.height = common.height;
-  a.width = common.width;
+  // What the autoencoder was trained on: 1024 for the published models, as is diffusers' default.
+  auto trained = value_of<int64_t>(model("vae").config_json(), "sample_size", 0);
+  if (trained <= 0) trained = kDefaultSampleSize * vae_scale_factor_;
+  a.height = common.height.value_or(trained);
+  a.width = common.width.value_or(trained);
   a.num_inference_steps = common.num_inference_steps.value_or(a.num_inference_steps);
   a.max_sequence_length = common.max_sequence_length.value_or(a.max_sequence_length);
   a.num_images_per_prompt = common.num_images_per_prompt;

@@ -35,7 +35,8 @@ struct FluxPipelineArguments {
   std::vector<tensor::Generator> generator;
   // Packed: [batch, tokens, channels].
   std::optional<at::Tensor> latents;
-  // [batch, tokens, joint_attention_dim] and [batch, pooled_projection_dim], in the place of a prompt.
+  // [batch, tokens, joint_attention_dim] and [batch, pooled_projection_dim], in the place of a
+  // prompt.
   std::optional<at::Tensor> prompt_embeds, pooled_prompt_embeds;
   std::optional<at::Tensor> negative_prompt_embeds, negative_pooled_prompt_embeds;
   OutputType output_type = OutputType::image;
@@ -53,8 +54,8 @@ struct FluxPipelineArguments {
   StopToken stop;
 };
 
-// Components: scheduler, transformer, vae, and where prompts are text: text_encoder (CLIP), tokenizer,
-// text_encoder_2 (T5), tokenizer_2.
+// Components: scheduler, transformer, vae, and where prompts are text: text_encoder (CLIP),
+// tokenizer, text_encoder_2 (T5), tokenizer_2.
 class FluxPipeline : public DiffusionPipeline {
  public:
   FluxPipeline(std::map<std::string, Component> components, nlohmann::ordered_json config);
@@ -62,8 +63,8 @@ class FluxPipeline : public DiffusionPipeline {
   std::string class_name() const override { return "FluxPipeline"; }
   PipelineOutput text_to_image(const TextToImageArguments& arguments) override;
 
-  // Records no autograd graph. Throws ArgumentError (arguments that contradict each other), Error (a
-  // picture with NaN), Cancelled, and what reading weights throws.
+  // Records no autograd graph. Throws ArgumentError (arguments that contradict each other), Error
+  // (a picture with NaN), Cancelled, and what reading weights throws.
   PipelineOutput operator()(const FluxPipelineArguments& arguments);
 
   struct PromptEmbeds {
@@ -72,10 +73,11 @@ class FluxPipeline : public DiffusionPipeline {
     at::Tensor text_ids;              // [tokens, 3], zeros
   };
   // In the transformer's dtype. Pictures of one prompt lie beside each other.
-  PromptEmbeds encode_prompt(const Texts& prompt, const Texts& prompt_2, int64_t num_images_per_prompt = 1,
-                             int64_t max_sequence_length = 512);
+  PromptEmbeds encode_prompt(const Texts& prompt, const Texts& prompt_2,
+                             int64_t num_images_per_prompt = 1, int64_t max_sequence_length = 512);
 
-  // Ends the running generation after this step (from a callback); the rest of the steps are skipped.
+  // Ends the running generation after this step (from a callback); the rest of the steps are
+  // skipped.
   void set_interrupt(bool interrupt) { interrupt_ = interrupt; }
   bool interrupt() const { return interrupt_; }
   // Of the running generation.
@@ -89,22 +91,28 @@ class FluxPipeline : public DiffusionPipeline {
   // [batch, channels, height, width] -> [batch, height/2 * width/2, channels * 4]
   static at::Tensor pack_latents(const at::Tensor& latents);
   // The inverse; height and width of the picture, in pixels.
-  static at::Tensor unpack_latents(const at::Tensor& latents, int64_t height, int64_t width, int64_t vae_scale_factor);
+  static at::Tensor unpack_latents(const at::Tensor& latents, int64_t height, int64_t width,
+                                   int64_t vae_scale_factor);
   // [height * width, 3]: 0, row, column of each token.
-  static at::Tensor latent_image_ids(int64_t height, int64_t width, at::ScalarType dtype, at::Device device);
+  static at::Tensor latent_image_ids(int64_t height, int64_t width, at::ScalarType dtype,
+                                     at::Device device);
 
  private:
   struct Run;
   void check_inputs(const FluxPipelineArguments& arguments, int64_t height, int64_t width) const;
-  PromptEmbeds conditioning(const std::optional<Texts>& prompt, const std::optional<Texts>& prompt_2,
-                            const std::optional<at::Tensor>& embeds, const std::optional<at::Tensor>& pooled,
-                            int64_t batch, const FluxPipelineArguments& arguments);
+  PromptEmbeds conditioning(const std::optional<Texts>& prompt,
+                            const std::optional<Texts>& prompt_2,
+                            const std::optional<at::Tensor>& embeds,
+                            const std::optional<at::Tensor>& pooled, int64_t batch,
+                            const FluxPipelineArguments& arguments);
   at::Tensor clip_embeds(const Texts& prompt);
   at::Tensor t5_embeds(const Texts& prompt, int64_t max_sequence_length);
-  at::Tensor prepare_latents(const FluxPipelineArguments& arguments, int64_t batch, int64_t height, int64_t width);
+  at::Tensor prepare_latents(const FluxPipelineArguments& arguments, int64_t batch, int64_t height,
+                             int64_t width);
   void set_timesteps(const FluxPipelineArguments& arguments, int64_t image_tokens);
-  at::Tensor predict(const at::Tensor& latents, const at::Tensor& timestep, const at::Tensor& guidance,
-                     const PromptEmbeds& embeds, const at::Tensor& image_ids, const nlohmann::json& attention_kwargs);
+  at::Tensor predict(const at::Tensor& latents, const at::Tensor& timestep,
+                     const at::Tensor& guidance, const PromptEmbeds& embeds,
+                     const at::Tensor& image_ids, const nlohmann::json& attention_kwargs);
   at::Tensor decode(const at::Tensor& latents, int64_t height, int64_t width);
 
   int64_t vae_scale_factor_ = 8;
@@ -115,7 +123,8 @@ class FluxPipeline : public DiffusionPipeline {
 };
 
 // The shift of the noise schedule for a picture of so many tokens.
-double calculate_shift(int64_t image_seq_len, int64_t base_seq_len = 256, int64_t max_seq_len = 4096,
-                       double base_shift = 0.5, double max_shift = 1.15);
+double calculate_shift(int64_t image_seq_len, int64_t base_seq_len = 256,
+                       int64_t max_seq_len = 4096, double base_shift = 0.5,
+                       double max_shift = 1.15);
 
 }  // namespace ferry::pipelines
