@@ -44,7 +44,9 @@ if(LibTorch_FOUND AND NOT TARGET ferry::torch)
     "${LibTorch_ROOT}/include" "${LibTorch_ROOT}/include/torch/csrc/api/include")
   # -fopenmp: without it at::parallel_for in our own sources is silently serial.
   target_compile_options(ferry::torch INTERFACE ${OpenMP_CXX_FLAGS})
+  # The OpenMP runtime that torch itself uses: a second one would compete with it for the cores.
+  file(GLOB _gomp "${LibTorch_ROOT}/lib/libgomp*.so*")
   target_link_libraries(ferry::torch INTERFACE
-    "${LibTorch_ROOT}/lib/libtorch_cpu.so" "${LibTorch_ROOT}/lib/libc10.so" ferry::fmt ${CMAKE_DL_LIBS})
+    "${LibTorch_ROOT}/lib/libtorch_cpu.so" "${LibTorch_ROOT}/lib/libc10.so" ${_gomp} ferry::fmt ${CMAKE_DL_LIBS})
 endif()
 mark_as_advanced(LibTorch_ROOT)

@@ -8,6 +8,7 @@
 #include "ferry/base/units.h"
 #include "ferry/io/json_file.h"
 #include "ferry/models/model.h"
+#include "ferry/offload/engine.h"
 #include "ferry/offload/plan.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/weights/checkpoint.h"
@@ -53,10 +54,18 @@ Json describe_checkpoint(const weights::Checkpoint& checkpoint, bool list_tensor
   return description;
 }
 
-// The leaves that leaf-level offloading would move, with the room that each takes in the arena.
+// What leaf-level offloading would move: the leaves, with the room that each takes in the arena,
+// and the small slots that stay.
 Json describe_streaming(const models::Model& model) {
+  const uint64_t small_slot = offload::EngineOptions().small_slot_bytes;
   std::map<std::string, uint64_t> leaves;
+  uint64_t small = 0, total = 0;
   for (const weights::Slot& slot : weights::collect_slots(model)) {
+    total += slot.size_bytes();
+    if (slot.size_bytes() < small_slot) {
+      small += slot.size_bytes();
+      continue;
+    }
     size_t dot = slot.name().rfind('.');
     leaves[dot == std::string::npos ? "" : slot.name().substr(0, dot)] += slot.size_bytes();
   }
@@ -66,12 +75,13 @@ Json describe_streaming(const models::Model& model) {
     costs.push_back({name, bytes, bytes + 2 * 4096});  // what direct reads take beyond both ends
     if (bytes > largest.second) largest = {name, bytes};
   }
-  uint64_t smallest = offload::smallest_budget(costs);
-  return {{"leaves", leaves.size()},
-          {"largest_leaf", largest.first},
-          {"largest_leaf_bytes", largest.second},
-          {"smallest_budget_bytes", smallest},
-          {"comfortable_budget_bytes", 2 * largest.second + (64ull << 20)}};
+  return {
+      {"leaves", leaves.size()},
+      {"largest_leaf", largest.first},
+      {"largest_leaf_bytes", largest.second},
+      {"small_bytes", small},
+      {"smallest_budget_bytes", small + offload::smallest_budget(costs)},
+      {"comfortable_budget_bytes", std::min(total, small + 2 * largest.second + (64ull << 20))}};
 }
 
 Json describe_component(const fs::path& folder, const InspectOptions& options,
@@ -143,18 +153,20 @@ Json describe_pipeline(const fs::path& folder, const InspectOptions& options) {
     components[name] = component;
   }
   description["components"] = components;
-  uint64_t bytes = 0, parameters = 0, smallest = 0;
+  uint64_t bytes = 0, parameters = 0, small = 0, largest = 0;
   for (const auto& component : components) {
     bytes += component.value("bytes", uint64_t{0});
     parameters += component.value("parameters", uint64_t{0});
     if (component.contains("streaming")) {
-      smallest =
-          std::max(smallest, component["streaming"]["smallest_budget_bytes"].get<uint64_t>());
+      const Json& streaming = component["streaming"];
+      uint64_t own = streaming["small_bytes"];
+      small += own;  // of all components at once
+      largest = std::max(largest, streaming["smallest_budget_bytes"].get<uint64_t>() - own);
     }
   }
   description["parameters"] = parameters;
   description["bytes"] = bytes;
-  description["smallest_budget_bytes"] = smallest;
+  description["smallest_budget_bytes"] = small + largest;
   return description;
 }
 

@@ -17,9 +17,9 @@ struct PipelineOptions {
   // Bytes that all weights together may take: they are streamed from disk. 0: all in memory.
   uint64_t weights_memory_bytes = 0;
   // "bf16", "fp32", "fp16", or for each component "transformer=bf16,vae=fp32". Empty: as stored.
-  std::string dtype;
+  std::string dtype{};
   // Of the weight files, e.g. "fp16".
-  std::string variant;
+  std::string variant{};
   // Compute threads of this process. 0: as the machine has.
   int threads = 0;
 };
@@ -30,21 +30,22 @@ struct PictureProgress {
   int64_t total = 0;
 };
 
+// Members have initializers so that a program that names only some gets no warning for the rest.
 // Unset values are the pipeline's own defaults.
 struct PictureOptions {
-  std::string prompt;
-  std::optional<std::string> negative_prompt;  // with true_cfg_scale above 1
-  std::optional<int64_t> width, height;  // pixels; what the model was trained on
-  std::optional<int64_t> steps;
-  std::optional<double> guidance_scale, true_cfg_scale;
-  std::optional<int64_t> max_sequence_length;  // tokens
+  std::string prompt{};
+  std::optional<std::string> negative_prompt{};  // with true_cfg_scale above 1
+  std::optional<int64_t> width{}, height{};      // pixels; what the model was trained on
+  std::optional<int64_t> steps{};
+  std::optional<double> guidance_scale{}, true_cfg_scale{};
+  std::optional<int64_t> max_sequence_length{};  // tokens
   int64_t num_images = 1;
   // The same seed gives the same picture as Python diffusers on the CPU. Unset: random.
-  std::optional<uint64_t> seed;
+  std::optional<uint64_t> seed{};
   // Called on the generating thread.
-  std::function<void(const PictureProgress&)> on_progress;
+  std::function<void(const PictureProgress&)> on_progress{};
   // Stops within one block of the model; may be requested from any thread.
-  std::stop_token stop;
+  std::stop_token stop{};
 };
 
 // 8 bits a channel, rows from the top, red green blue interleaved. A plain value.
@@ -53,7 +54,7 @@ struct Picture {
   int height = 0;
   std::vector<uint8_t> rgb;
   // What it was made from; goes into a PNG's text chunks.
-  std::vector<std::pair<std::string, std::string>> text;
+  std::vector<std::pair<std::string, std::string>> text{};
 
   // .png, .jpg or .webp; appears whole or not at all. Throws std::runtime_error.
   void save(const std::string& path) const;
