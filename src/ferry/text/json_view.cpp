@@ -1,54 +1,18 @@
 #include "ferry/text/json_view.h"
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
-#include <iterator>
-
 #include "ferry/base/error.h"
+#include "ferry/io/json_file.h"
 #include "ferry/text/unicode.h"
 
 namespace ferry::text {
-namespace {
-
-// Deeper than any tokenizer's file; nlohmann's destructor and our readers recurse.
-constexpr int kMaxDepth = 64;
-
-// Refuses documents that are too deep while they are parsed, before they can exhaust the stack.
-class DepthLimit {
- public:
-  bool operator()(int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-    if (depth > kMaxDepth) throw_error<FormatError>("nested deeper than {} levels", kMaxDepth);
-    return true;
-  }
-};
-
-}  // namespace
-
-std::string read_text_file(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file || std::filesystem::is_directory(path)) {
-    throw_error<IoError>("{}: cannot open: {}", path.string(), std::strerror(errno));
-  }
-  std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (file.bad()) throw_error<IoError>("{}: cannot read: {}", path.string(), std::strerror(errno));
-  return text;
-}
-
 JsonView JsonView::parse_file(const std::filesystem::path& path) {
-  return parse(read_text_file(path), path.string());
+  return parse(io::read_text_file(path), path.string());
 }
 
 JsonView JsonView::parse(std::string_view text, std::string name) {
   auto document = std::make_shared<Document>();
+  document->root = io::parse_json(text, name);
   document->name = std::move(name);
-  try {
-    document->root = nlohmann::json::parse(text, DepthLimit());
-  } catch (const nlohmann::json::exception& e) {
-    throw_error<FormatError>("{}: not valid JSON: {}", document->name, e.what());
-  } catch (const FormatError& e) {
-    throw_error<FormatError>("{}: {}", document->name, e.what());
-  }
   const nlohmann::json* root = &document->root;
   return JsonView(std::move(document), root, "");
 }

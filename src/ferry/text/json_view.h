@@ -60,7 +60,4 @@ class JsonView {
   std::string key_;
 };
 
-// The bytes of a file. Throws IoError.
-std::string read_text_file(const std::filesystem::path& path);
-
 }  // namespace ferry::text

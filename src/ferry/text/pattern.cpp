@@ -15,6 +15,9 @@ namespace {
 
 // More than any sane expression needs on a text of megabytes, and a bound on what a bad one takes.
 constexpr int32_t kRegexStackBytes = 256 << 20;
+// Of one match, in ICU's steps of about a millisecond: an expression from a file may backtrack
+// exponentially.
+constexpr int32_t kRegexTimeLimit = 10'000;
 
 class Literal final : public Pattern {
  public:
@@ -93,6 +96,10 @@ std::string to_icu_syntax(std::string_view expression) {
       out += "[^" + word_set() + "]";
     } else if (escaped == 'd' || escaped == 'D') {
       out += property_set("Nd", escaped == 'D');
+    } else if (escaped == 'b') {  // ICU's \b has other word characters than its \w
+      out += fmt::format("(?:(?<=[{0}])(?![{0}])|(?<![{0}])(?=[{0}]))", word_set());
+    } else if (escaped == 'B') {
+      out += fmt::format("(?:(?<=[{0}])(?=[{0}])|(?<![{0}])(?![{0}]))", word_set());
     } else if (escaped == 'h') {
       out += "[0-9A-Fa-f]";
     } else if (escaped == 'H') {
@@ -130,6 +137,7 @@ class Regex final : public Pattern {
     UErrorCode status = U_ZERO_ERROR;
     std::unique_ptr<icu::RegexMatcher> matcher(pattern_->matcher(wide, status));
     if (U_SUCCESS(status)) matcher->setStackLimit(kRegexStackBytes, status);
+    if (U_SUCCESS(status)) matcher->setTimeLimit(kRegexTimeLimit, status);
 
     // Matches come in order, so one walk turns UTF-16 positions into bytes.
     int32_t walked = 0;

@@ -3,8 +3,7 @@
 #include <cstring>
 
 #include "ferry/base/error.h"
-#include "ferry/text/json_view.h"
-#include "ferry/text/unicode.h"
+#include "ferry/io/json_file.h"
 
 namespace ferry::text {
 namespace {
@@ -154,7 +153,7 @@ SentencePieceModel SentencePieceModel::parse(std::string_view bytes, std::string
 }
 
 SentencePieceModel SentencePieceModel::read(const std::filesystem::path& path) {
-  return parse(read_text_file(path), path.string());
+  return parse(io::read_text_file(path), path.string());
 }
 
 }  // namespace ferry::text

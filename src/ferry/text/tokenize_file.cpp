@@ -1,14 +1,14 @@
 #include "ferry/text/tokenize_file.h"
 
-#include <unistd.h>
+#include <fmt/format.h>
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 
-#include "ferry/base/error.h"
+#include "ferry/io/atomic_file.h"
+#include "ferry/io/json_file.h"
 #include "ferry/text/json_view.h"
 #include "ferry/text/tokenizer.h"
 
@@ -23,26 +23,18 @@ void tokenize_file(const fs::path& dir, const fs::path& input, const fs::path& o
   options.max_length = max_length;
   options.truncation = max_length.has_value();
 
-  std::ifstream in(input);
-  if (!in) throw_error<IoError>("{}: cannot open: {}", input.string(), std::strerror(errno));
-  const fs::path temporary = output.string() + fmt::format(".{}.tmp", getpid());
-  try {
-    std::ofstream out(temporary, std::ios::trunc);
-    size_t number = 0;
-    for (std::string line; std::getline(in, line);) {
-      const auto where = fmt::format("{}: line {}", input.string(), ++number);
-      const std::string text = JsonView::parse(line, where).string();
-      out << nlohmann::json(tokenizer->encode(text, options).ids).dump() << '\n';
-    }
-    out.close();
-    if (!out)
-      throw_error<IoError>("{}: cannot write: {}", temporary.string(), std::strerror(errno));
-    fs::rename(temporary, output);
-  } catch (...) {
-    std::error_code ignored;
-    fs::remove(temporary, ignored);
-    throw;
+  const std::string lines = io::read_text_file(input);
+  std::string_view rest = lines;
+  io::AtomicFile out(output);
+  for (size_t number = 1; !rest.empty(); ++number) {
+    const size_t end = std::min(rest.find('\n'), rest.size());
+    const auto where = fmt::format("{}: line {}", input.string(), number);
+    const std::string text = JsonView::parse(rest.substr(0, end), where).string();
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    const std::string ids = nlohmann::json(tokenizer->encode(text, options).ids).dump() + '\n';
+    out.write(std::as_bytes(std::span(ids)));
   }
+  out.commit();
 }
 
 }  // namespace ferry::text

@@ -9,7 +9,7 @@ namespace ferry::text {
 
 // Each line of `input` is a JSON string; each line of `output` the JSON list of its ids, special
 // tokens added, not padded, cut only where `max_length` is given. `dir`: the tokenizer's folder.
-// Written to a temporary name and renamed. Throws IoError, FormatError (naming the line).
+// Appears whole or not at all. Throws IoError, FormatError (naming the line).
 void tokenize_file(const std::filesystem::path& dir, const std::filesystem::path& input,
                    const std::filesystem::path& output,
                    std::optional<int64_t> max_length = std::nullopt);

@@ -17,7 +17,7 @@ enum class Padding { none, longest, max_length };
 // The arguments of a transformers tokenizer's __call__.
 struct EncodeOptions {
   // In tokens, special ones included. Unset: model_max_length.
-  std::optional<int64_t> max_length;
+  std::optional<int64_t> max_length = std::nullopt;
   // To the longest of the batch, or to max_length.
   Padding padding = Padding::none;
   // Cut what is longer than max_length; special tokens are kept.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ferry/base/error.h"
+#include "ferry/io/json_file.h"
 #include "ferry/text/charsmap.h"
 #include "ferry/text/clip_tokenizer.h"
 #include "ferry/text/t5_tokenizer.h"
@@ -201,7 +202,7 @@ class TokenizerLoader {
     const JsonView vocab = parse("vocab.json");
     try {
       return make_clip_backend(Vocabulary::from_json(vocab),
-                               merges_from_text(read_text_file(merges), merges.string()), unk);
+                               merges_from_text(io::read_text_file(merges), merges.string()), unk);
     } catch (const FormatError& e) {
       if (!std::string_view(e.what()).starts_with("merge ")) throw;
       throw_error<FormatError>("{}: {}", merges.string(), e.what());
