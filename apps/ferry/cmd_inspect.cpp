@@ -75,13 +75,13 @@ Json describe_streaming(const models::Model& model) {
     costs.push_back({name, bytes, bytes + 2 * 4096});  // what direct reads take beyond both ends
     if (bytes > largest.second) largest = {name, bytes};
   }
-  return {
-      {"leaves", leaves.size()},
-      {"largest_leaf", largest.first},
-      {"largest_leaf_bytes", largest.second},
-      {"small_bytes", small},
-      {"smallest_budget_bytes", small + offload::smallest_budget(costs)},
-      {"comfortable_budget_bytes", std::min(total, small + 2 * largest.second + (64ull << 20))}};
+  return {{"leaves", leaves.size()},
+          {"largest_leaf", largest.first},
+          {"largest_leaf_bytes", largest.second},
+          {"small_bytes", small},
+          {"smallest_budget_bytes", small + offload::smallest_budget(costs)},
+          {"comfortable_budget_bytes",
+           std::min<uint64_t>(total, small + 2 * largest.second + (64 << 20))}};
 }
 
 Json describe_component(const fs::path& folder, const InspectOptions& options,
