@@ -24,7 +24,10 @@ nn::Ptr<M> load(const std::string& name, const nlohmann::ordered_json& changes =
   nlohmann::ordered_json config = read_fixture_json(fixture(name) + "/config.json");
   config.update(changes);
   auto model = nn::make<M>(config_from_json<typename M::Config>(config, name));
-  auto weights = read_fixture_tensors(fixture(name) + "/model.safetensors");
+  std::map<std::string, at::Tensor> weights;
+  for (const auto& [key, tensor] : read_fixture_tensors(fixture(name) + "/model.safetensors")) {
+    weights[model->map_key(key)] = tensor;
+  }
   for (weights::Slot& slot : weights::collect_slots(*model)) slot.tensor.set_data(weights.at(slot.name()));
   return model;
 }
