@@ -5,6 +5,8 @@
 #include <map>
 #include <random>
 
+#include "ferry/base/error.h"
+
 namespace ferry::offload {
 namespace {
 

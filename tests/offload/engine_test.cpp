@@ -170,7 +170,9 @@ TEST_F(EngineTest, ReadsEachStreamedByteOnceAStep) {
   uint64_t before = engine.report().bytes_read;
   for (int pass = 0; pass < 10; ++pass) run_pass(client, kInOrder);
   uint64_t per_pass = (engine.report().bytes_read - before) / 10;
-  EXPECT_NEAR(static_cast<double>(per_pass), static_cast<double>(client.plan().streamed_bytes), 8 * 4096.0);
+  // and at most a page more at both ends of each group
+  EXPECT_GE(per_pass, client.plan().streamed_bytes);
+  EXPECT_LE(per_pass, client.plan().streamed_bytes + 8 * 2 * 4096);
 }
 
 TEST_F(EngineTest, CastsToTheWantedDtype) {
@@ -204,7 +206,7 @@ TEST_F(EngineTest, MisalignedDataIsCopied) {
 
 TEST_F(EngineTest, NestedLeasesOfOneGroup) {
   write({100, 100});
-  Engine engine(options(64 << 10, 64 << 10));
+  Engine engine(options(40 << 10, 40 << 10));
   Client client(engine, "model", groups());
   client.begin_pass();
   Lease outer = client.lease(0);

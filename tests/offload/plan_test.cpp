@@ -37,7 +37,7 @@ TEST(Plan, Table) {
       {{10, 10, 10, 10, 10, 10, 10, 10}, 60, 20, ".R.R.R.R"},  // half, spread evenly
       {{10, 10, 10, 10}, 20, 20, "...."},                // two largest pieces, no more
       {{10, 10, 10, 10}, 10, 20, "...."},                // the least: one
-      {{30, 1, 1, 1, 30}, 62, 20, "..R.."},              // a group that does not fit is no reason to stop
+      {{30, 1, 1, 1, 30}, 62, 20, ".RR.."},              // a group that does not fit is no reason to stop
   };
   for (const Row& row : rows) {
     PlanOptions options{row.budget_mib * kMiB, row.arena_mib * kMiB};

@@ -26,9 +26,9 @@ struct GroupOffloadingConfig {
   OffloadType offload_type = OffloadType::leaf_level;
   int64_t num_blocks_per_group = 1;
   // Names of the ModuleLists that count as blocks (dotted, below the root); empty: all outermost.
-  std::vector<std::string> block_modules;
+  std::vector<std::string> block_modules = {};
   // Names of modules (dotted) whose weights stay in memory.
-  std::vector<std::string> exclude;
+  std::vector<std::string> exclude = {};
   // Read the next pass's first groups during this pass's last ones.
   bool wrap_around = true;
   // Gather the rows that are used of embedding tables from disk instead of streaming the table.

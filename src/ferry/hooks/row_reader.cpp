@@ -11,6 +11,9 @@ at::Tensor RowReader::gather(const at::Tensor& ids) {
   const weights::StoredTensor& source = bound_.source;
   const int64_t rows = source.shape.at(0);
   const uint64_t row_bytes = source.size_bytes / static_cast<uint64_t>(std::max<int64_t>(rows, 1));
+  if (!at::isIntegralType(ids.scalar_type(), /*includeBool=*/false)) {
+    throw_error<ArgumentError>("{}: ids have to be integers, got {}", bound_.slot.name(), tensor::dtype_name(ids.scalar_type()));
+  }
   at::Tensor flat = ids.to(at::kCPU, at::kLong).reshape({-1}).contiguous();
   auto [unique, inverse] = at::_unique(flat, /*sorted=*/true, /*return_inverse=*/true);
 

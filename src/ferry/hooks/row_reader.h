@@ -12,7 +12,7 @@ class RowReader : public nn::RowSource {
   explicit RowReader(weights::BoundSlot bound) : bound_(std::move(bound)) {}
 
   // ids: int64 of any shape. Returns [...ids, row], in the slot's dtype. Throws ArgumentError for an
-  // id outside the table, IoError.
+  // id outside the table or ids that are no integers, IoError.
   at::Tensor gather(const at::Tensor& ids) override;
 
  private:

@@ -38,8 +38,8 @@ struct EngineOptions {
   uint64_t small_slot_bytes = 16 << 10;
   // Off reads each group when it is leased (for tests and for measuring what reading ahead gains).
   bool read_ahead = true;
-  io::ReadEngineOptions read;
-  StopToken stop;
+  io::ReadEngineOptions read = {};
+  StopToken stop = {};
   // Not owned; null is off.
   Trace* trace = nullptr;
 };
@@ -49,7 +49,7 @@ struct ClientOptions {
   // run once (text encoders).
   bool wrap_around = true;
   // The groups in the order in which a pass is expected to lease them; empty: each once, in order.
-  std::vector<size_t> first_order;
+  std::vector<size_t> first_order = {};
 };
 
 struct Report {

@@ -1,0 +1,201 @@
+// Suites that every model passes: ModelTester, MemoryTester, AttentionTester. Parameterised by
+// ModelCase:
+//
+//   INSTANTIATE_TEST_SUITE_P(Flux, ModelTester, ::testing::ValuesIn(cases), case_name);
+#pragma once
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include "ferry/base/error.h"
+#include "ferry/hooks/group_offloading.h"
+#include "ferry/io/safetensors.h"
+#include "ferry/testing/model_case.h"
+#include "ferry/weights/stub.h"
+
+namespace ferry::testing {
+
+inline std::string case_name(const ::testing::TestParamInfo<ModelCase>& info) { return info.param.name; }
+
+inline void expect_equal(const models::NamedTensors& got, const models::NamedTensors& expected) {
+  ASSERT_EQ(got.size(), expected.size());
+  for (const auto& [name, tensor] : expected) {
+    ASSERT_TRUE(got.contains(name)) << name;
+    EXPECT_TRUE(at::equal(got.at(name), tensor)) << name;
+  }
+}
+
+// ---- ModelTester: config, save and load, determinism, dtype, missing keys ----
+
+class ModelTester : public ::testing::TestWithParam<ModelCase> {};
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(ModelTester);
+
+TEST_P(ModelTester, ConfigRoundTrips) {
+  auto model = GetParam().load();
+  nlohmann::ordered_json config = model->config_json();
+  config["a_key_of_the_future"] = {1, "two"};
+  auto again = models::make_model(model->class_name(), config);
+  // Keys may change their order.
+  EXPECT_EQ(nlohmann::json::parse(again->config_json().dump()), nlohmann::json::parse(config.dump()));
+}
+
+TEST_P(ModelTester, IsDeterministic) {
+  auto model = GetParam().load();
+  expect_equal(GetParam().run(*model), GetParam().run(*model));
+}
+
+TEST_P(ModelTester, SavedAndLoadedGivesTheSame) {
+  auto model = GetParam().load();
+  auto expected = GetParam().run(*model);
+  for (uint64_t shard_bytes : {uint64_t{1} << 40, uint64_t{20000}}) {
+    TemporaryFolder folder;
+    model->save_pretrained(folder.path(), shard_bytes);
+    auto loaded = models::load_model(folder.path());
+    expect_equal(GetParam().run(*loaded), expected);
+  }
+}
+
+TEST_P(ModelTester, RunsInBfloat16) {
+  auto model = GetParam().load({.dtype = at::kBFloat16});
+  auto wide = GetParam().load({.dtype = at::kFloat});
+  auto expected = GetParam().run(*wide);
+  for (const auto& [name, tensor] : GetParam().run(*model)) {
+    if (!at::isFloatingType(tensor.scalar_type())) continue;
+    EXPECT_EQ(tensor.scalar_type(), at::kBFloat16) << name;
+    at::Tensor reference = expected.at(name);
+    double error = (tensor.to(at::kFloat) - reference).abs().max().item<double>() / reference.abs().max().item<double>();
+    EXPECT_LT(error, 0.1) << name;
+  }
+}
+
+TEST_P(ModelTester, TellsAllMissingAndUnexpectedKeysAtOnce) {
+  auto model = GetParam().load({.load_now = true});
+  TemporaryFolder folder;
+  model->save_pretrained(folder.path());
+  const std::string base = model->library() == "transformers" ? "model" : "diffusion_pytorch_model";
+  const auto path = folder.path() / (base + ".safetensors");
+  std::vector<weights::StoredTensor> tensors = weights::Checkpoint::open_file(path)->tensors();
+  ASSERT_GE(tensors.size(), 4u);
+  std::vector<io::SafetensorsWriter::Entry> entries;
+  std::vector<at::Tensor> values;
+  for (size_t i = 2; i < tensors.size(); ++i) {  // the first two are left out
+    entries.push_back({tensors[i].key, tensors[i].dtype, tensors[i].shape});
+    values.push_back(weights::read_stored(tensors[i]));
+  }
+  entries.push_back({"nobody.knows.this", io::Dtype::F32, {1}});
+  values.push_back(at::zeros({1}));
+  io::SafetensorsWriter writer(path, entries);
+  for (const at::Tensor& value : values) writer.write({static_cast<const std::byte*>(value.const_data_ptr()), value.nbytes()});
+  writer.finish();
+  try {
+    models::load_model(folder.path());
+    FAIL() << "loaded";
+  } catch (const FormatError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find(tensors[0].key), std::string::npos) << text;
+    EXPECT_NE(text.find(tensors[1].key), std::string::npos) << text;
+    EXPECT_NE(text.find("nobody.knows.this"), std::string::npos) << text;
+  }
+}
+
+TEST_P(ModelTester, WithoutWeightsTheOutputIsLoud) {
+  auto loaded = GetParam().load();
+  auto model = models::make_model(loaded->class_name(), loaded->config_json());
+  for (const auto& [name, tensor] : GetParam().run(*model)) {
+    if (at::isFloatingType(tensor.scalar_type())) EXPECT_TRUE(at::isnan(tensor).any().item<bool>()) << name;
+  }
+}
+
+// ---- MemoryTester: offloading of each type equals resident, the budget holds, stubs are loud ----
+
+class MemoryTester : public ::testing::TestWithParam<ModelCase> {
+ protected:
+  static std::shared_ptr<offload::Engine> engine(uint64_t budget, uint64_t arena = 0) {
+    offload::EngineOptions options;
+    options.weights_memory_bytes = budget;
+    options.preferred_arena_bytes = arena;
+    options.small_slot_bytes = 0;
+    return std::make_shared<offload::Engine>(options);
+  }
+};
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(MemoryTester);
+
+TEST_P(MemoryTester, StreamedEqualsResidentBitForBit) {
+  auto resident = GetParam().load();
+  auto expected = GetParam().run(*resident);
+  const uint64_t bytes = weights::total_bytes(weights::collect_slots(*resident));
+  int tried = 0;
+  for (auto type : {hooks::OffloadType::leaf_level, hooks::OffloadType::block_level}) {
+    for (uint64_t budget : {bytes / 2, bytes, 4 * bytes + (1 << 20)}) {
+      for (bool gather : {true, false}) {
+        auto model = GetParam().load();
+        auto shared = engine(budget, 64 << 10);
+        std::shared_ptr<hooks::GroupOffloading> offloading;
+        try {
+          offloading = hooks::apply_group_offloading(*model, model->binding(), shared,
+                                                     {.offload_type = type, .gather_embeddings = gather});
+        } catch (const BudgetError&) {
+          continue;  // one block, or the rest, is larger than this budget
+        }
+        ++tried;
+        for (int pass = 0; pass < 3; ++pass) expect_equal(GetParam().run(*model), expected);
+        EXPECT_LE(shared->report().peak_bytes, budget);
+      }
+    }
+  }
+  EXPECT_GT(tried, 4);
+}
+
+TEST_P(MemoryTester, ParametersKeepTheirIdentity) {
+  auto model = GetParam().load();
+  std::vector<const c10::TensorImpl*> before;
+  for (const at::Tensor& tensor : model->parameters()) before.push_back(tensor.unsafeGetTensorImpl());
+  auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
+  GetParam().run(*model);
+  std::vector<const c10::TensorImpl*> after;
+  for (const at::Tensor& tensor : model->parameters()) after.push_back(tensor.unsafeGetTensorImpl());
+  EXPECT_EQ(after, before);
+}
+
+TEST_P(MemoryTester, UnleasedSlotsAreLoud) {
+  auto model = GetParam().load();
+  auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
+  GetParam().run(*model);
+  offloading->client().unload();
+  for (const weights::Slot& slot : weights::collect_slots(*model)) {
+    EXPECT_TRUE(weights::is_stub(slot.tensor)) << slot.name();
+  }
+}
+
+TEST_P(MemoryTester, SavingWhileOffloadedSavesTheWeights) {
+  auto resident = GetParam().load();
+  auto expected = GetParam().run(*resident);
+  auto model = GetParam().load();
+  auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
+  GetParam().run(*model);
+  TemporaryFolder folder;
+  model->save_pretrained(folder.path());
+  auto loaded = models::load_model(folder.path());
+  expect_equal(GetParam().run(*loaded), expected);
+}
+
+// ---- AttentionTester: backends agree ----
+
+class AttentionTester : public ::testing::TestWithParam<ModelCase> {};
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(AttentionTester);
+
+TEST_P(AttentionTester, BackendsAgree) {
+  auto model = GetParam().load({.dtype = at::kFloat});
+  auto expected = GetParam().run(*model);
+  for (const char* backend : {"math", "native"}) {
+    model->set_attention_backend(backend);
+    for (const auto& [name, tensor] : GetParam().run(*model)) {
+      at::Tensor reference = expected.at(name);
+      EXPECT_LT((tensor - reference).abs().max().item<double>(), 1e-5 * std::max(1.0, reference.abs().max().item<double>()))
+          << backend << " " << name;
+    }
+  }
+  EXPECT_THROW(model->set_attention_backend("no such backend"), ArgumentError);
+}
+
+}  // namespace ferry::testing
