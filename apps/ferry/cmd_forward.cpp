@@ -1,6 +1,6 @@
 // ferry forward: one component on named tensors; for parity checks and timing from any language.
 #include <ATen/Parallel.h>
-#include <c10/core/InferenceMode.h>
+#include <ATen/core/grad_mode.h>
 
 #include <atomic>
 #include <chrono>
@@ -111,7 +111,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
   check_writable_parent(options.stats);
   check_writable_parent(options.trace);
   set_threads(options.threads);
-  c10::InferenceMode inference;
+  at::NoGradGuard no_grad;
 
   models::NamedTensors inputs = load_tensors(options.inputs);
   nlohmann::json arguments = parse_arguments(options.arguments);

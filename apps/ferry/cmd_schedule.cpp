@@ -1,5 +1,5 @@
 // ferry schedule: a scheduler's timesteps and a whole trajectory with given model outputs.
-#include <c10/core/InferenceMode.h>
+#include <ATen/core/grad_mode.h>
 
 #include "command.h"
 #include "ferry/schedulers/trajectory.h"
@@ -43,7 +43,7 @@ Command add_schedule(CLI::App& app) {
       ->type_name("NAME=VALUE");
   return {command, [options](Context& context) {
             check_writable_parent(options->output);
-            c10::InferenceMode inference;
+            at::NoGradGuard no_grad;
             auto scheduler = schedulers::load_scheduler(options->config, options->class_name);
             auto outputs =
                 schedulers::run_trajectory(*scheduler, load_tensors(options->inputs),
