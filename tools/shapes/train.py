@@ -28,7 +28,7 @@ from training import Average, Budget, Log, Muon, anneal, save_atomically, set_le
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SEED = 20
 CHECKPOINT_SECONDS = 60.0
-MINUTES = {"vae": 10.0, "text": 4.0, "latents": 4.0, "transformer": 55.0}
+MINUTES = {"vae": 9.5, "text": 4.0, "latents": 4.0, "transformer": 55.0}
 
 
 def autocast():
@@ -366,7 +366,7 @@ def train_transformer(args):
     optimizers = [Muon(muon, lr=0.02), torch.optim.AdamW(adam, lr=1.2e-3, weight_decay=0.0)]
     optimizers += text_optimizers([clip, t5], TEXT_SCALE)
     modules = {"transformer": transformer, "clip": clip, "t5": t5}
-    average = Average(modules.values(), 0.998)
+    average = Average(modules.values(), 0.99)
     step, spent = 0, 0.0
     saved = load_checkpoint(args.work, "transformer")
     if saved:
