@@ -121,7 +121,7 @@ TEST(FluxPipeline, StreamedIsBitIdenticalToResident) {
   auto pipeline = load();
   at::Tensor resident = (*pipeline)(small()).tensor;
   auto streamed = load();
-  streamed->set_memory_budget(160 << 10);
+  streamed->set_memory_budget(224 << 10);
   EXPECT_TRUE(at::equal((*streamed)(small()).tensor, resident));
   hooks::GroupOffloadingConfig blocks;
   blocks.offload_type = hooks::OffloadType::block_level;
