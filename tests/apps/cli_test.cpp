@@ -19,8 +19,8 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::HasSubstr;
 using ::testing::Not;
-using testing_io::TempFolder;
 using testing_io::read_text;
+using testing_io::TempFolder;
 using testing_io::write_text;
 
 const std::string kFixtures = FERRY_FIXTURES;
@@ -46,7 +46,8 @@ Result ferry(const std::vector<std::string>& arguments) {
   pid_t child = start(arguments, folder / "out", folder / "err");
   int status = 0;
   waitpid(child, &status, 0);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), read_text(folder / "out"), read_text(folder / "err")};
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), read_text(folder / "out"),
+          read_text(folder / "err")};
 }
 
 at::Tensor tensor(const fs::path& file, const std::string& name) {
@@ -58,8 +59,13 @@ at::Tensor tensor(const fs::path& file, const std::string& name) {
 
 TEST(Cli, WrongUseExitsWithTwoAndOneMessage) {
   for (std::vector<std::string> arguments : std::vector<std::vector<std::string>>{
-           {}, {"generat"}, {"forward"}, {"generate", "--prompt", "x"}, {"forward", "a", "--no-such-option"},
-           {"generate", "--model", "a", "--prompt", "x", "--output", "a.png", "--weights-memory", "12parsecs"},
+           {},
+           {"generat"},
+           {"forward"},
+           {"generate", "--prompt", "x"},
+           {"forward", "a", "--no-such-option"},
+           {"generate", "--model", "a", "--prompt", "x", "--output", "a.png", "--weights-memory",
+            "12parsecs"},
            {"generate", "--model", "a", "--prompt", "x", "--output", "a.xyz"},
            {"generate", "--model", "a", "--prompt", "x", "--output", "a.png", "--steps", "0"},
            {"random", "NoSuchModel", "--config", "flux-dev", "--out", "x"},
@@ -75,7 +81,8 @@ TEST(Cli, WrongUseExitsWithTwoAndOneMessage) {
 TEST(Cli, HelpAndVersion) {
   Result help = ferry({"--help"});
   EXPECT_EQ(help.code, 0);
-  for (const char* name : {"generate", "inspect", "forward", "schedule", "tokenize", "random", "doctor"}) {
+  for (const char* name :
+       {"generate", "inspect", "forward", "schedule", "tokenize", "random", "doctor"}) {
     EXPECT_THAT(help.out, HasSubstr(name));
     Result own = ferry({name, "--help"});
     EXPECT_EQ(own.code, 0) << name;
@@ -85,7 +92,8 @@ TEST(Cli, HelpAndVersion) {
 }
 
 TEST(Cli, MissingInputIsAnErrorNotWrongUse) {
-  Result result = ferry({"generate", "--model", "/no/such/model", "--prompt", "x", "--output", "/tmp/never.png"});
+  Result result = ferry(
+      {"generate", "--model", "/no/such/model", "--prompt", "x", "--output", "/tmp/never.png"});
   EXPECT_EQ(result.code, 1);
   EXPECT_THAT(result.err, HasSubstr("/no/such/model"));
   setenv("HF_HUB_CACHE", "/no/such/cache", 1);
@@ -98,30 +106,39 @@ TEST(Cli, ForwardWritesOutputsStatsAndDump) {
   TempFolder folder;
   std::string component = kFixtures + "/models/FluxTransformer2DModel-0";
   for (bool streamed : {false, true}) {
-    std::vector<std::string> arguments = {"forward", component, "--inputs", component + "/inputs.safetensors", "--output",
-                                          (folder / "out.safetensors").string(), "--stats", (folder / "stats.json").string(),
-                                          "--dump", "transformer_blocks", "--threads", "1", "--repeat", "3", "--cold"};
+    std::vector<std::string> arguments = {"forward",   component,
+                                          "--inputs",  component + "/inputs.safetensors",
+                                          "--output",  (folder / "out.safetensors").string(),
+                                          "--stats",   (folder / "stats.json").string(),
+                                          "--dump",    "transformer_blocks",
+                                          "--threads", "1",
+                                          "--repeat",  "3",
+                                          "--cold"};
     if (streamed) arguments.insert(arguments.end(), {"--weights-memory", "256KiB"});
     Result result = ferry(arguments);
     ASSERT_EQ(result.code, 0) << result.err;
     at::Tensor expected = tensor(component + "/outputs.safetensors", "sample");
     at::Tensor got = tensor(folder / "out.safetensors", "sample");
-    EXPECT_LT((got - expected).abs().max().item<double>(), 1e-5 * expected.abs().max().item<double>());
+    EXPECT_LT((got - expected).abs().max().item<double>(),
+              1e-5 * expected.abs().max().item<double>());
     tensor(folder / "out.safetensors", "transformer_blocks.0.norm1.0");
     auto stats = nlohmann::json::parse(read_text(folder / "stats.json"));
     EXPECT_EQ(stats["forward_seconds"].size(), 3u);
     EXPECT_EQ(stats["bytes_read"].size(), 3u);
     EXPECT_GT(stats["peak_rss_bytes"].get<uint64_t>(), 10'000'000u);
     EXPECT_GT(stats["process_start_to_first_compute_seconds"].get<double>(), 0);
-    if (!streamed) { EXPECT_EQ(stats["bytes_read"][1].get<uint64_t>(), 0u); }
+    if (!streamed) {
+      EXPECT_EQ(stats["bytes_read"][1].get<uint64_t>(), 0u);
+    }
   }
 }
 
 TEST(Cli, ForwardRefusesUnknownInputs) {
   TempFolder folder;
   std::string component = kFixtures + "/models/FluxTransformer2DModel-0";
-  Result result = ferry({"forward", component, "--inputs", kFixtures + "/models/T5EncoderModel-0/inputs.safetensors",
-                         "--output", (folder / "out.safetensors").string()});
+  Result result = ferry({"forward", component, "--inputs",
+                         kFixtures + "/models/T5EncoderModel-0/inputs.safetensors", "--output",
+                         (folder / "out.safetensors").string()});
   EXPECT_EQ(result.code, 2);
   EXPECT_THAT(result.err, HasSubstr("input_ids"));
   EXPECT_FALSE(fs::exists(folder / "out.safetensors"));
@@ -130,32 +147,44 @@ TEST(Cli, ForwardRefusesUnknownInputs) {
 TEST(Cli, RandomWritesAComponentThatForwardRuns) {
   TempFolder folder;
   std::string out = (folder / "t5").string();
-  ASSERT_EQ(ferry({"random", "T5EncoderModel", "--config", "t5-xxl-tiny", "--dtype", "fp32", "--seed", "3", "--out", out}).code, 0);
+  ASSERT_EQ(ferry({"random", "T5EncoderModel", "--config", "t5-xxl-tiny", "--dtype", "fp32",
+                   "--seed", "3", "--out", out})
+                .code,
+            0);
   std::string again = (folder / "sharded").string();
-  ASSERT_EQ(ferry({"random", "T5EncoderModel", "--config", "t5-xxl-tiny", "--dtype", "fp32", "--seed", "3", "--out", again,
-                   "--max-shard-size", "50kB"}).code, 0);
+  ASSERT_EQ(ferry({"random", "T5EncoderModel", "--config", "t5-xxl-tiny", "--dtype", "fp32",
+                   "--seed", "3", "--out", again, "--max-shard-size", "50kB"})
+                .code,
+            0);
   EXPECT_TRUE(fs::exists(fs::path(again) / "model.safetensors.index.json"));
-  auto first = weights::Checkpoint::open_folder(out, "model"), second = weights::Checkpoint::open_folder(again, "model");
+  auto first = weights::Checkpoint::open_folder(out, "model"),
+       second = weights::Checkpoint::open_folder(again, "model");
   ASSERT_EQ(first->tensors().size(), second->tensors().size());
   for (const auto& stored : first->tensors()) {
-    EXPECT_TRUE(at::equal(weights::read_stored(stored), weights::read_stored(*second->find(stored.key)))) << stored.key;
+    EXPECT_TRUE(
+        at::equal(weights::read_stored(stored), weights::read_stored(*second->find(stored.key))))
+        << stored.key;
   }
   io::SafetensorsWriter writer(folder / "in.safetensors", {{"input_ids", io::Dtype::I64, {1, 3}}});
   int64_t ids[] = {5, 6, 1};
   writer.write(std::as_bytes(std::span(ids)));
   writer.finish();
-  Result result = ferry({"forward", again, "--inputs", (folder / "in.safetensors").string(), "--output",
-                         (folder / "out.safetensors").string()});
+  Result result = ferry({"forward", again, "--inputs", (folder / "in.safetensors").string(),
+                         "--output", (folder / "out.safetensors").string()});
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_TRUE(at::isfinite(tensor(folder / "out.safetensors", "last_hidden_state")).all().item<bool>());
+  EXPECT_TRUE(
+      at::isfinite(tensor(folder / "out.safetensors", "last_hidden_state")).all().item<bool>());
 }
 
 TEST(Cli, TokenizeGivesHuggingFacesIds) {
   TempFolder folder;
   std::string tokenizer = kFixtures + "/tokenizers/clip-files";
-  ASSERT_EQ(ferry({"tokenize", tokenizer, "--input", tokenizer + "/strings.jsonl", "--output", (folder / "ids").string(),
-                   "--max-length", "16"}).code, 0);
-  std::istringstream got(read_text(folder / "ids")), expected(read_text(tokenizer + "/ids_max16.jsonl"));
+  ASSERT_EQ(ferry({"tokenize", tokenizer, "--input", tokenizer + "/strings.jsonl", "--output",
+                   (folder / "ids").string(), "--max-length", "16"})
+                .code,
+            0);
+  std::istringstream got(read_text(folder / "ids")),
+      expected(read_text(tokenizer + "/ids_max16.jsonl"));
   for (std::string a, b; std::getline(expected, b);) {
     ASSERT_TRUE(std::getline(got, a));
     ASSERT_EQ(nlohmann::json::parse(a), nlohmann::json::parse(b));
@@ -164,11 +193,31 @@ TEST(Cli, TokenizeGivesHuggingFacesIds) {
 
 TEST(Cli, GenerateWritesPicturesWithTheirParameters) {
   TempFolder folder;
-  std::vector<std::string> arguments = {"generate", "--model", kFixtures + "/pipelines/flux-tiny", "--prompt", "a red circle",
-                                        "--width", "48", "--height", "32", "--steps", "2", "--max-sequence-length", "16",
-                                        "--seed", "5", "--num-images", "2", "--weights-memory", "256KiB", "--output",
-                                        (folder / "x.png").string(), "--stats", (folder / "stats.json").string(),
-                                        "--trace", (folder / "trace.json").string()};
+  std::vector<std::string> arguments = {"generate",
+                                        "--model",
+                                        kFixtures + "/pipelines/flux-tiny",
+                                        "--prompt",
+                                        "a red circle",
+                                        "--width",
+                                        "48",
+                                        "--height",
+                                        "32",
+                                        "--steps",
+                                        "2",
+                                        "--max-sequence-length",
+                                        "16",
+                                        "--seed",
+                                        "5",
+                                        "--num-images",
+                                        "2",
+                                        "--weights-memory",
+                                        "256KiB",
+                                        "--output",
+                                        (folder / "x.png").string(),
+                                        "--stats",
+                                        (folder / "stats.json").string(),
+                                        "--trace",
+                                        (folder / "trace.json").string()};
   Result result = ferry(arguments);
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("x-0.png"));
@@ -177,7 +226,8 @@ TEST(Cli, GenerateWritesPicturesWithTheirParameters) {
   std::vector<std::pair<std::string, std::string>> text;
   auto image = pipelines::load_png(folder / "x-1.png", &text);
   EXPECT_EQ(image.width, 48);
-  EXPECT_THAT(text, ::testing::Contains(std::pair<std::string, std::string>("prompt", "a red circle")));
+  EXPECT_THAT(text,
+              ::testing::Contains(std::pair<std::string, std::string>("prompt", "a red circle")));
   EXPECT_THAT(text, ::testing::Contains(std::pair<std::string, std::string>("seed", "5")));
   auto stats = nlohmann::json::parse(read_text(folder / "stats.json"));
   EXPECT_GT(stats["bytes_read"].get<uint64_t>(), 0u);
@@ -189,8 +239,9 @@ TEST(Cli, GenerateWritesPicturesWithTheirParameters) {
 
 TEST(Cli, StoppedGenerationLeavesNothingBehind) {
   TempFolder folder, logs;
-  pid_t child = start({"generate", "--model", kFixtures + "/pipelines/flux-tiny", "--prompt", "x", "--width", "256", "--height",
-                       "256", "--steps", "100000", "--max-sequence-length", "16", "--output", (folder / "x.png").string()},
+  pid_t child = start({"generate", "--model", kFixtures + "/pipelines/flux-tiny", "--prompt", "x",
+                       "--width", "256", "--height", "256", "--steps", "100000",
+                       "--max-sequence-length", "16", "--output", (folder / "x.png").string()},
                       logs / "out", logs / "err");
   for (int i = 0; i < 600 && read_text(logs / "err").find("denoising") == std::string::npos; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(100));

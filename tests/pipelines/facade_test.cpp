@@ -9,7 +9,8 @@ namespace {
 
 TEST(Facade, LoadsGeneratesAndSaves) {
   testing_io::TempFolder folder;
-  auto pipeline = Pipeline::load(FERRY_FIXTURES "/pipelines/flux-tiny", {.weights_memory_bytes = 256 << 10});
+  auto pipeline =
+      Pipeline::load(FERRY_FIXTURES "/pipelines/flux-tiny", {.weights_memory_bytes = 256 << 10});
   EXPECT_EQ(pipeline.class_name(), "FluxPipeline");
   int last = 0;
   PictureOptions options;
@@ -20,7 +21,9 @@ TEST(Facade, LoadsGeneratesAndSaves) {
   options.max_sequence_length = 16;
   options.num_images = 2;
   options.seed = 3;
-  options.on_progress = [&](const PictureProgress& p) { last = p.stage == "denoise" ? static_cast<int>(p.step) : last; };
+  options.on_progress = [&](const PictureProgress& p) {
+    last = p.stage == "denoise" ? static_cast<int>(p.step) : last;
+  };
   auto pictures = pipeline.generate(options);
   ASSERT_EQ(pictures.size(), 2u);
   EXPECT_EQ(last, 2);

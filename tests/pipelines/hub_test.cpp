@@ -13,14 +13,15 @@ namespace {
 
 namespace fs = std::filesystem;
 using ::testing::HasSubstr;
-using testing_io::TempFolder;
 using testing_io::error_of;
+using testing_io::TempFolder;
 using testing_io::write_text;
 
 class Variables : public ::testing::Test {
  protected:
   void SetUp() override {
-    for (const char* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"}) unsetenv(name);
+    for (const char* name : {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"})
+      unsetenv(name);
   }
   void TearDown() override { SetUp(); }
 };
@@ -54,16 +55,19 @@ TEST_F(Variables, FindsSnapshotsByBranchTagAndCommit) {
 TEST_F(Variables, AMissingNameComesWithTheDownloadCommand) {
   TempFolder cache;
   setenv("HF_HUB_CACHE", cache.path().c_str(), 1);
-  EXPECT_THAT(error_of<IoError>([] { resolve_folder("org/repo"); }), HasSubstr("\n  hf download org/repo"));
+  EXPECT_THAT(error_of<IoError>([] { resolve_folder("org/repo"); }),
+              HasSubstr("\n  hf download org/repo"));
   EXPECT_THAT(error_of<IoError>([] { resolve_folder("org/repo@v1.0"); }),
               HasSubstr("\n  hf download org/repo --revision v1.0"));
-  EXPECT_THAT(error_of<IoError>([] { resolve_folder("/no/such/folder"); }), HasSubstr("no such folder"));
+  EXPECT_THAT(error_of<IoError>([] { resolve_folder("/no/such/folder"); }),
+              HasSubstr("no such folder"));
 }
 
 TEST(HubName, TakesNamesAndNothingElse) {
   EXPECT_TRUE(HubName::parse("black-forest-labs/FLUX.1-dev"));
   EXPECT_EQ(HubName::parse("a/b@c")->revision, "c");
-  for (const char* text : {"", "a", "a/b/c", "/a/b", "./a", "../a", "a/b@", "a/b@../../x", "a b/c"}) {
+  for (const char* text :
+       {"", "a", "a/b/c", "/a/b", "./a", "../a", "a/b@", "a/b@../../x", "a b/c"}) {
     EXPECT_FALSE(HubName::parse(text)) << text;
   }
 }

@@ -24,7 +24,8 @@ Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions
   load.variant = options.variant;
   auto state = std::make_unique<State>();
   state->pipeline = pipelines::DiffusionPipeline::from_pretrained(folder_or_name, load);
-  if (options.weights_memory_bytes > 0) state->pipeline->set_memory_budget(options.weights_memory_bytes);
+  if (options.weights_memory_bytes > 0)
+    state->pipeline->set_memory_budget(options.weights_memory_bytes);
   return Pipeline(std::move(state));
 }
 
@@ -34,7 +35,8 @@ std::vector<Picture> Pipeline::generate(const PictureOptions& options) {
   std::stop_callback forward_stop(options.stop, [&stop] { stop.request_stop(); });
   pipelines::TextToImageArguments arguments;
   arguments.prompt = options.prompt;
-  if (options.negative_prompt) arguments.negative_prompt = pipelines::Texts(*options.negative_prompt);
+  if (options.negative_prompt)
+    arguments.negative_prompt = pipelines::Texts(*options.negative_prompt);
   arguments.width = options.width;
   arguments.height = options.height;
   arguments.num_inference_steps = options.steps;
@@ -51,10 +53,13 @@ std::vector<Picture> Pipeline::generate(const PictureOptions& options) {
   }
   std::vector<Picture> pictures;
   for (pipelines::Image& image : state_->pipeline->text_to_image(arguments).images) {
-    if (image.channels != 3) throw_error<Error>("a picture with {} channels, expected 3", image.channels);
+    if (image.channels != 3)
+      throw_error<Error>("a picture with {} channels, expected 3", image.channels);
     Picture picture{image.width, image.height, std::move(image.pixels), {}};
-    picture.text = {{"prompt", options.prompt}, {"seed", std::to_string(seed)}, {"Software", "ferry"}};
-    if (options.negative_prompt) picture.text.insert(picture.text.begin() + 1, {"negative_prompt", *options.negative_prompt});
+    picture.text = {
+        {"prompt", options.prompt}, {"seed", std::to_string(seed)}, {"Software", "ferry"}};
+    if (options.negative_prompt)
+      picture.text.insert(picture.text.begin() + 1, {"negative_prompt", *options.negative_prompt});
     pictures.push_back(std::move(picture));
   }
   return pictures;
@@ -64,7 +69,9 @@ uint64_t Pipeline::bytes_streamed() const {
   return state_->pipeline->engine() ? state_->pipeline->engine()->report().bytes_read : 0;
 }
 
-std::string Pipeline::class_name() const { return state_->pipeline->class_name(); }
+std::string Pipeline::class_name() const {
+  return state_->pipeline->class_name();
+}
 
 void Picture::save(const std::string& path) const {
   pipelines::save_image({width, height, 3, rgb}, path, {.text = text});

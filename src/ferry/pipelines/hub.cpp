@@ -11,7 +11,8 @@ namespace ferry::pipelines {
 namespace fs = std::filesystem;
 
 std::optional<HubName> HubName::parse(const std::string& text) {
-  static const std::regex pattern("([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(@([A-Za-z0-9][A-Za-z0-9._/-]*))?");
+  static const std::regex pattern(
+      "([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(@([A-Za-z0-9][A-Za-z0-9._/-]*))?");
   std::smatch match;
   if (!std::regex_match(text, match, pattern)) return std::nullopt;
   HubName name{match[1], match[3]};
@@ -33,7 +34,8 @@ fs::path hub_cache_folder() {
     if (auto value = variable(name); !value.empty()) return value;
   }
   if (auto home = variable("HF_HOME"); !home.empty()) return fs::path(home) / "hub";
-  if (auto cache = variable("XDG_CACHE_HOME"); !cache.empty()) return fs::path(cache) / "huggingface" / "hub";
+  if (auto cache = variable("XDG_CACHE_HOME"); !cache.empty())
+    return fs::path(cache) / "huggingface" / "hub";
   return fs::path(variable("HOME")) / ".cache" / "huggingface" / "hub";
 }
 
@@ -50,18 +52,21 @@ fs::path find_snapshot(const HubName& name) {
   }
   fs::path snapshot = repo / "snapshots" / commit;
   if (commit.empty() || commit.find('/') != std::string::npos || !fs::is_directory(snapshot)) {
-    throw_error<IoError>("{}{} is neither a folder nor in the Hugging Face cache ({}); download it with:\n  {}",
-                         name.repo, name.revision.empty() ? "" : "@" + name.revision, cache.string(),
-                         name.download_command());
+    throw_error<IoError>(
+        "{}{} is neither a folder nor in the Hugging Face cache ({}); download it with:\n  {}",
+        name.repo, name.revision.empty() ? "" : "@" + name.revision, cache.string(),
+        name.download_command());
   }
   return snapshot;
 }
 
 fs::path resolve_folder(const std::string& text) {
   if (fs::is_directory(text)) return text;
-  if (fs::exists(text)) throw_error<IoError>("{}: is a file, expected the folder of a pipeline", text);
+  if (fs::exists(text))
+    throw_error<IoError>("{}: is a file, expected the folder of a pipeline", text);
   if (auto name = HubName::parse(text)) return find_snapshot(*name);
-  throw_error<IoError>("{}: no such folder (and not a name on the Hugging Face Hub, org/repo)", text);
+  throw_error<IoError>("{}: no such folder (and not a name on the Hugging Face Hub, org/repo)",
+                       text);
 }
 
 }  // namespace ferry::pipelines

@@ -55,20 +55,23 @@ const PipelineClass& find_class(const std::string& name, const std::string& wher
 
 template <class Table>
 bool contains(const Table& table, const std::string& name) {
-  return std::any_of(table.begin(), table.end(), [&](const auto& entry) { return entry.name == name; });
+  return std::any_of(table.begin(), table.end(),
+                     [&](const auto& entry) { return entry.name == name; });
 }
 
 // A `[library, class]` entry of model_index.json; anything else there is a scalar of the pipeline.
 bool is_component(const std::string& key, const Json& value) {
   auto is_name = [](const Json& part) { return part.is_string() || part.is_null(); };
-  return !key.starts_with("_") && value.is_array() && value.size() == 2 && is_name(value[0]) && is_name(value[1]);
+  return !key.starts_with("_") && value.is_array() && value.size() == 2 && is_name(value[0]) &&
+         is_name(value[1]);
 }
 
-Component load_component(const fs::path& folder, const std::string& name, const std::string& class_name,
-                         const PipelineLoadOptions& options) {
+Component load_component(const fs::path& folder, const std::string& name,
+                         const std::string& class_name, const PipelineLoadOptions& options) {
   Component component;
   if (contains(models::model_classes(), class_name)) {
-    component.model = models::load_model(folder, {.dtype = options.dtype.of(name), .variant = options.variant}, class_name);
+    component.model = models::load_model(
+        folder, {.dtype = options.dtype.of(name), .variant = options.variant}, class_name);
   } else if (contains(schedulers::scheduler_classes(), class_name)) {
     component.scheduler = schedulers::load_scheduler(folder, class_name);
   } else if (class_name.find("Tokenizer") != std::string::npos) {
@@ -91,14 +94,15 @@ void copy_folder(const fs::path& from, const fs::path& to) {
   fs::create_directories(to);
   for (const auto& entry : fs::directory_iterator(from)) {
     if (!fs::is_regular_file(entry.path())) continue;  // follows the cache's symbolic links
-    fs::copy_file(fs::canonical(entry.path()), to / entry.path().filename(), fs::copy_options::overwrite_existing);
+    fs::copy_file(fs::canonical(entry.path()), to / entry.path().filename(),
+                  fs::copy_options::overwrite_existing);
   }
 }
 
 }  // namespace
 
-std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(const std::string& folder_or_name,
-                                                                      const PipelineLoadOptions& options) {
+std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(
+    const std::string& folder_or_name, const PipelineLoadOptions& options) {
   fs::path folder = resolve_folder(folder_or_name);
   std::string hint;
   if (!fs::is_directory(folder_or_name)) {
@@ -108,10 +112,12 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(const std:
   fs::path index_path = folder / "model_index.json";
   if (!fs::exists(index_path)) {
     if (fs::exists(folder / "config.json")) {
-      throw_error<ArgumentError>("{}: holds one component, not a pipeline (no model_index.json); give the folder above it",
-                                 folder.string());
+      throw_error<ArgumentError>(
+          "{}: holds one component, not a pipeline (no model_index.json); give the folder above it",
+          folder.string());
     }
-    throw_error<IoError>("{}: not the folder of a diffusers pipeline: it has no model_index.json{}", folder.string(), hint);
+    throw_error<IoError>("{}: not the folder of a diffusers pipeline: it has no model_index.json{}",
+                         folder.string(), hint);
   }
   io::read_json_object(index_path);  // with its limits and messages
   Json index = Json::parse(io::read_text_file(index_path));
@@ -125,7 +131,8 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(const std:
   std::map<std::string, Component> components;
   for (const auto& [name, given] : options.components) {
     if (!index.contains(name) || !is_component(name, index[name])) {
-      throw_error<ArgumentError>("component \"{}\" was given, but {} has none of that name", name, where);
+      throw_error<ArgumentError>("component \"{}\" was given, but {} has none of that name", name,
+                                 where);
     }
   }
   for (const auto& [name, value] : index.items()) {
@@ -145,7 +152,8 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(const std:
         throw IoError(error.what() + hint);
       }
       if (!components[name]) {
-        log::warn("{}: component {} is a {}, which ferry does not have; it is left out", folder.string(), name, class_name);
+        log::warn("{}: component {} is a {}, which ferry does not have; it is left out",
+                  folder.string(), name, class_name);
       }
     }
   }
@@ -153,9 +161,10 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(const std:
     auto it = components.find(name);
     if (it != components.end() && it->second) continue;
     if (options.components.contains(name)) continue;  // left out on purpose
-    throw_error<ArgumentError>("{}: {} needs the component \"{}\"{}", where, kind.name, name,
-                               it == components.end() ? ", which is missing"
-                                                      : fmt::format(" ({}), which ferry cannot load", index[name].dump()));
+    throw_error<ArgumentError>(
+        "{}: {} needs the component \"{}\"{}", where, kind.name, name,
+        it == components.end() ? ", which is missing"
+                               : fmt::format(" ({}), which ferry cannot load", index[name].dump()));
   }
   return kind.make(std::move(components), std::move(index));
 }
@@ -163,7 +172,9 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(const std:
 DiffusionPipeline::DiffusionPipeline(std::map<std::string, Component> components, Json config)
     : components_(std::move(components)), config_(std::move(config)) {}
 
-DiffusionPipeline::~DiffusionPipeline() { offloading_.clear(); }
+DiffusionPipeline::~DiffusionPipeline() {
+  offloading_.clear();
+}
 
 void DiffusionPipeline::save_pretrained(const fs::path& folder, uint64_t max_shard_size_bytes,
                                         const std::string& variant) {
@@ -172,7 +183,8 @@ void DiffusionPipeline::save_pretrained(const fs::path& folder, uint64_t max_sha
   if (!index.contains("_diffusers_version")) index["_diffusers_version"] = "0.42.1";
   std::error_code error;
   fs::create_directories(folder, error);
-  if (error) throw_error<IoError>("{}: cannot create the folder: {}", folder.string(), error.message());
+  if (error)
+    throw_error<IoError>("{}: cannot create the folder: {}", folder.string(), error.message());
   for (const auto& [name, component] : components_) {
     fs::path into = folder / name;
     if (component.model) {
@@ -183,11 +195,13 @@ void DiffusionPipeline::save_pretrained(const fs::path& folder, uint64_t max_sha
       component.scheduler->save_pretrained(into);
     } else if (component.tokenizer) {
       // The index keeps the class as it was named ("T5TokenizerFast"), unless another was put in.
-      if (!index[name].is_array() || index[name][1].is_null()) index[name] = {"transformers", component.tokenizer->class_name()};
+      if (!index[name].is_array() || index[name][1].is_null())
+        index[name] = {"transformers", component.tokenizer->class_name()};
       component.tokenizer->save_pretrained(into);
     } else if (!component.folder.empty()) {
       try {
-        if (!fs::exists(into) || !fs::equivalent(component.folder, into)) copy_folder(component.folder, into);
+        if (!fs::exists(into) || !fs::equivalent(component.folder, into))
+          copy_folder(component.folder, into);
       } catch (const fs::filesystem_error& failure) {
         throw IoError(failure.what());
       }
@@ -205,16 +219,20 @@ PipelineOutput DiffusionPipeline::text_to_image(const TextToImageArguments&) {
 
 namespace {
 template <class T>
-auto& require(const DiffusionPipeline& pipeline, const std::string& name, std::shared_ptr<T> Component::*member) {
+auto& require(const DiffusionPipeline& pipeline, const std::string& name,
+              std::shared_ptr<T> Component::*member) {
   auto it = pipeline.components().find(name);
   if (it == pipeline.components().end() || !(it->second.*member)) {
-    throw_error<ArgumentError>("{}: the component \"{}\" is needed here but was not loaded", pipeline.class_name(), name);
+    throw_error<ArgumentError>("{}: the component \"{}\" is needed here but was not loaded",
+                               pipeline.class_name(), name);
   }
   return *(it->second.*member);
 }
 }  // namespace
 
-models::Model& DiffusionPipeline::model(const std::string& name) const { return require(*this, name, &Component::model); }
+models::Model& DiffusionPipeline::model(const std::string& name) const {
+  return require(*this, name, &Component::model);
+}
 schedulers::Scheduler& DiffusionPipeline::scheduler(const std::string& name) const {
   return require(*this, name, &Component::scheduler);
 }
@@ -234,8 +252,8 @@ void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> en
       if (!component.model || !component.model->binding()) continue;
       hooks::GroupOffloadingConfig own = config;
       own.wrap_around = config.wrap_around && runs_every_step(name);
-      offloading_.push_back(
-          hooks::apply_group_offloading(*component.model, component.model->binding(), engine, own, name));
+      offloading_.push_back(hooks::apply_group_offloading(
+          *component.model, component.model->binding(), engine, own, name));
     }
   } catch (...) {
     offloading_.clear();

@@ -23,8 +23,8 @@
 
 namespace ferry::pipelines {
 
-// One of model, scheduler, tokenizer; or none for `[null, null]` and for a class that ferry does not
-// have and the pipeline can do without.
+// One of model, scheduler, tokenizer; or none for `[null, null]` and for a class that ferry does
+// not have and the pipeline can do without.
 struct Component {
   std::shared_ptr<models::Model> model;
   std::shared_ptr<schedulers::Scheduler> scheduler;
@@ -75,7 +75,8 @@ enum class OutputType {
 // "image" or "pil", "np", "pt", "latent". Throws ArgumentError.
 OutputType parse_output_type(std::string_view name);
 
-// A prompt, or one for each picture of a batch: `.prompt = "a cat"`, `.prompt = {"a cat", "a dog"}`.
+// A prompt, or one for each picture of a batch: `.prompt = "a cat"`, `.prompt = {"a cat", "a
+// dog"}`.
 struct Texts : std::vector<std::string> {
   using std::vector<std::string>::vector;
   Texts(const char* text) : std::vector<std::string>{text} {}
@@ -103,8 +104,8 @@ struct PipelineOutput {
   at::Tensor tensor;          // the others
 };
 
-// Not thread-safe: one generation at a time. Owns its components; an engine may be shared with other
-// pipelines.
+// Not thread-safe: one generation at a time. Owns its components; an engine may be shared with
+// other pipelines.
 class DiffusionPipeline {
  public:
   virtual ~DiffusionPipeline();
@@ -113,10 +114,11 @@ class DiffusionPipeline {
   // Face cache. Reads headers only; weights are read at the first use. Throws IoError (with the
   // download command for a name that is not there), FormatError, ArgumentError (a class that ferry
   // does not have).
-  static std::shared_ptr<DiffusionPipeline> from_pretrained(const std::string& folder_or_name,
-                                                            const PipelineLoadOptions& options = {});
+  static std::shared_ptr<DiffusionPipeline> from_pretrained(
+      const std::string& folder_or_name, const PipelineLoadOptions& options = {});
   // Writes model_index.json and every component; what ferry does not know is kept. Throws IoError.
-  void save_pretrained(const std::filesystem::path& folder, uint64_t max_shard_size_bytes = 10'000'000'000,
+  void save_pretrained(const std::filesystem::path& folder,
+                       uint64_t max_shard_size_bytes = 10'000'000'000,
                        const std::string& variant = "");
 
   virtual std::string class_name() const = 0;
@@ -133,7 +135,8 @@ class DiffusionPipeline {
 
   // Streams the weights of all models through one engine, which other pipelines may share. Throws
   // BudgetError stating the least budget.
-  void enable_group_offload(std::shared_ptr<offload::Engine> engine, const hooks::GroupOffloadingConfig& config = {});
+  void enable_group_offload(std::shared_ptr<offload::Engine> engine,
+                            const hooks::GroupOffloadingConfig& config = {});
   void disable_group_offload();
   // The same with an engine of its own: all weights together take at most this.
   void set_memory_budget(uint64_t weights_memory_bytes);
@@ -143,20 +146,25 @@ class DiffusionPipeline {
  protected:
   DiffusionPipeline(std::map<std::string, Component> components, nlohmann::ordered_json config);
   // Components that run in every step: their first weights are read again while their last compute.
-  virtual bool runs_every_step(const std::string& component) const { return component == "transformer"; }
+  virtual bool runs_every_step(const std::string& component) const {
+    return component == "transformer";
+  }
 
  private:
   std::map<std::string, Component> components_;
   nlohmann::ordered_json config_;
   std::shared_ptr<offload::Engine> engine_;
-  std::vector<std::shared_ptr<hooks::GroupOffloading>> offloading_;  // before components_ in destruction
+  std::vector<std::shared_ptr<hooks::GroupOffloading>>
+      offloading_;  // before components_ in destruction
 };
 
 // The registry: an explicit table in registry.cpp, a line a class.
 struct PipelineClass {
   std::string_view name;
   std::vector<std::string> required;  // components
-  std::function<std::shared_ptr<DiffusionPipeline>(std::map<std::string, Component>, nlohmann::ordered_json)> make;
+  std::function<std::shared_ptr<DiffusionPipeline>(std::map<std::string, Component>,
+                                                   nlohmann::ordered_json)>
+      make;
 };
 const std::vector<PipelineClass>& pipeline_classes();
 

@@ -19,7 +19,8 @@ class StopHook : public nn::ModuleHook {
 bool is_list_entry(const std::string& path) {
   size_t dot = path.rfind('.');
   std::string last = dot == std::string::npos ? path : path.substr(dot + 1);
-  return !last.empty() && std::all_of(last.begin(), last.end(), [](char c) { return c >= '0' && c <= '9'; });
+  return !last.empty() &&
+         std::all_of(last.begin(), last.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 
 namespace ferry::pipelines {
 
-// While it lives, `root` throws Cancelled before its next block once a stop was requested. A block is
-// a module in a list ("transformer_blocks.3"). Must not outlive `root`.
+// While it lives, `root` throws Cancelled before its next block once a stop was requested. A block
+// is a module in a list ("transformer_blocks.3"). Must not outlive `root`.
 class StopHooks {
  public:
   StopHooks(nn::Module& root, const StopToken& stop);
