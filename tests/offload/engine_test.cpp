@@ -51,7 +51,7 @@ class EngineTest : public testing::Test {
     std::vector<Group> groups;
     slots_.clear();
     for (size_t i = 0; i < expected_.size() / 2; ++i) {
-      Group group{"g" + std::to_string(i), {}};
+      Group group{"g" + std::to_string(i), {}, false};
       for (const char* kind : {"w", "b"}) {
         const weights::StoredTensor* stored = checkpoint->find(kind + std::to_string(i));
         weights::Slot slot{{stored->key}, weights::make_stub(stored->shape, wanted)};

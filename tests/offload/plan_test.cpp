@@ -14,7 +14,7 @@ constexpr uint64_t kMiB = 1 << 20;
 
 std::vector<GroupCost> groups_of(const std::vector<uint64_t>& mib) {
   std::vector<GroupCost> groups;
-  for (uint64_t size : mib) groups.push_back({"g" + std::to_string(groups.size()), size * kMiB, size * kMiB});
+  for (uint64_t size : mib) groups.push_back({"g" + std::to_string(groups.size()), size * kMiB, size * kMiB, false});
   return groups;
 }
 
@@ -62,8 +62,16 @@ TEST(Plan, TooSmallABudgetStatesTheLeast) {
     make_plan(groups_of({10, 44, 10}), {.budget_bytes = 43 * kMiB});
     FAIL() << "accepted";
   } catch (const BudgetError& error) {
-    EXPECT_THAT(error.what(), testing::AllOf(testing::HasSubstr("g1"), testing::HasSubstr("44.0 MiB")));
+    EXPECT_THAT(error.what(), testing::HasSubstr("at least 44.0 MiB"));
   }
+}
+
+TEST(Plan, WhatOutlastsOthersStays) {
+  std::vector<GroupCost> groups = groups_of({10, 10, 10, 10});
+  groups[2].keep_resident = true;
+  EXPECT_EQ(smallest_budget(groups), 20 * kMiB);
+  EXPECT_EQ(text(make_plan(groups, {.budget_bytes = 30 * kMiB, .preferred_arena_bytes = 20 * kMiB})), "..R.");
+  EXPECT_THROW(make_plan(groups, {.budget_bytes = 19 * kMiB}), BudgetError);
 }
 
 TEST(Plan, NeverOverBudget) {

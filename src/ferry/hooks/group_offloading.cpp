@@ -162,7 +162,7 @@ class Grouping {
     // The top-level group sees every block's slots; those blocks lease for themselves.
     if (config_.offload_type == OffloadType::leaf_level) wanted.insert(wanted.end(), others.begin(), others.end());
     if (!own.empty()) {
-      offload::Group group{name.empty() ? "(root)" : name, {}};
+      offload::Group group{name.empty() ? "(root)" : name, {}, outlasts_others(members, hooked)};
       for (size_t slot : own) group.slots.push_back(bound(slot));
       wanted.push_back(groups.size());
       groups.push_back(std::move(group));
@@ -170,6 +170,13 @@ class Grouping {
     std::sort(wanted.begin(), wanted.end());
     wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
     if (wanted.empty()) wanted_.erase(hooked);
+  }
+
+  // A group that is held while modules below lease theirs: the top level, and parameters that a
+  // parent of layers holds itself.
+  bool outlasts_others(const std::vector<Entry>& members, nn::Module* hooked) const {
+    if (config_.offload_type == OffloadType::block_level) return hooked == entries_.front().module;
+    return members.size() == 1 && !members.front().holder->children().empty();
   }
 
   void add_blocks() {

@@ -82,9 +82,9 @@ class Model : public nn::Module {
 
 struct LoadOptions {
   // Unset keeps each tensor's stored dtype; set casts all but keep_in_fp32_modules.
-  std::optional<at::ScalarType> dtype;
+  std::optional<at::ScalarType> dtype = {};
   // "fp16" reads diffusion_pytorch_model.fp16.safetensors.
-  std::string variant;
+  std::string variant = {};
   // Read all weights now rather than at the first call.
   bool load_now = false;
 };

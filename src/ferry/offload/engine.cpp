@@ -130,7 +130,7 @@ Client::~Client() {
 void Client::plan_locked() {
   const uint64_t budget = engine_.options_.weights_memory_bytes;
   std::vector<GroupCost> costs;
-  for (const auto& state : states_) costs.push_back({state->name, state->size_bytes, state->arena_bytes()});
+  for (const auto& state : states_) costs.push_back({state->name, state->size_bytes, state->arena_bytes(), state->keep_resident});
   const uint64_t least = engine_.held_small_ + smallest_budget(costs);
   if (budget < least) {
     throw_error<BudgetError>(

@@ -27,6 +27,8 @@ class Client;
 struct Group {
   std::string name;
   std::vector<weights::BoundSlot> slots;
+  // Leased while other groups come and go, so it is planned resident.
+  bool keep_resident = false;
 };
 
 struct EngineOptions {

@@ -22,7 +22,7 @@ at::Tensor view_of(void* data, at::IntArrayRef shape, at::ScalarType dtype) {
 
 }  // namespace
 
-Client::State::State(const Group& group) : name(group.name) {
+Client::State::State(const Group& group) : name(group.name), keep_resident(group.keep_resident) {
   // Slots in the order of the file, so that neighbours can share an extent.
   std::vector<size_t> by_offset(group.slots.size());
   std::iota(by_offset.begin(), by_offset.end(), 0);

@@ -40,6 +40,7 @@ struct Client::State {
 
   std::string name;
   uint64_t size_bytes = 0;
+  bool keep_resident = false;
   std::vector<Extent> extents;
   std::vector<SlotPlace> slots;
   uint64_t read_range_bytes = 0;
