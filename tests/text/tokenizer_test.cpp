@@ -90,6 +90,7 @@ TEST(Tokenizer, Decodes) {
   EXPECT_EQ(clip->decode(ids), "<|startoftext|>a large red circle ! <|endoftext|>");
   EXPECT_EQ(clip->decode(ids, true), "a large red circle !");
   EXPECT_EQ(clip->decode(clip->encode("<|startoftext|>Hi <|endoftext|>").ids, true), "hi");
+  EXPECT_EQ(clip->decode(clip->encode("\x1e a \x1f").ids, true), "a");  // str.strip()
   const auto t5 = fixture("t5-spiece");
   EXPECT_EQ(t5->decode(t5->encode("a large red <extra_id_0> circle!").ids),
             "a large red<extra_id_0> circle!</s>");

@@ -1,7 +1,8 @@
 #include "ferry/text/t5_tokenizer.h"
 
-#include "ferry/base/error.h"
-#include "ferry/text/unigram_model.h"
+#include <fmt/format.h>
+
+#include <utility>
 
 namespace ferry::text {
 namespace {

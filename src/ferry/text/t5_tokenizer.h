@@ -1,17 +1,13 @@
 // T5's tokenizer: sentencepiece's unigram model.
 #pragma once
 
-#include <optional>
 #include <string_view>
-#include <utility>
-#include <vector>
 
 #include "ferry/text/sentencepiece_model.h"
 #include "ferry/text/tokenizer_backend.h"
+#include "ferry/text/unigram_model.h"
 
 namespace ferry::text {
-
-using ScoredTokens = std::vector<std::pair<std::string, double>>;
 
 // The vocabulary of a `spiece.model` with `extra_ids` sentinels behind it, <extra_id_0> last, as
 // transformers converts it.

@@ -20,6 +20,16 @@ std::string side_from_json(const JsonView& section) {
   direction->fail(fmt::format("got '{}', expected Left or Right", side));
 }
 
+// str.strip(), to which the four separators are blanks too.
+std::string strip_as_python(std::string_view text) {
+  const auto is_blank = [](char32_t c) { return is_whitespace(c) || (c >= 0x1C && c <= 0x1F); };
+  size_t begin = 0;
+  size_t end = text.size();
+  for (size_t at = 0; at < text.size() && is_blank(next_code_point(text, at));) begin = at;
+  for (size_t at = end; at > begin && is_blank(previous_code_point(text, at));) end = at;
+  return std::string(text.substr(begin, end - begin));
+}
+
 }  // namespace
 
 TokenizerBackend TokenizerBackend::from_json(const JsonView& json) {
@@ -98,9 +108,7 @@ std::string TokenizerBackend::decode(const std::vector<uint32_t>& ids,
     for (const Span& span : Pattern::literal(blank_in_decoded)->find(out)) {
       spaced_out += span.matched ? " " : out.substr(span.begin, span.end - span.begin);
     }
-    Piece stripped(std::move(spaced_out));
-    stripped.strip(true, true);
-    out = stripped.text();
+    out = strip_as_python(spaced_out);
   }
   return out;
 }

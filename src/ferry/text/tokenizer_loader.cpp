@@ -228,13 +228,7 @@ class TokenizerLoader {
   }
 
   TokenizerBackend t5_from_json() const {
-    const JsonView vocab = tokenizer_json_->at("model").at("vocab");
-    ScoredTokens tokens;
-    for (const JsonView& entry : vocab.elements()) {
-      const auto pair = entry.elements();
-      if (pair.size() != 2) entry.fail("expected [token, score]");
-      tokens.emplace_back(pair[0].string(), pair[1].number());
-    }
+    ScoredTokens tokens = scored_tokens_from_json(tokenizer_json_->at("model").at("vocab"));
     try {
       return make_t5_backend(std::move(tokens), charsmap_of(*tokenizer_json_));
     } catch (const FormatError& e) {

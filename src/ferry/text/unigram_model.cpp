@@ -17,8 +17,7 @@ constexpr double kUnkPenalty = 10.0;
 
 }  // namespace
 
-UnigramModel::UnigramModel(std::vector<std::pair<std::string, double>> tokens,
-                           std::optional<uint32_t> unk_id, bool byte_fallback)
+UnigramModel::UnigramModel(ScoredTokens tokens, std::optional<uint32_t> unk_id, bool byte_fallback)
     : tokens_(std::move(tokens)), unk_id_(unk_id), byte_fallback_(byte_fallback) {
   if (unk_id_ && *unk_id_ >= tokens_.size()) {
     throw_error<FormatError>("unk_id is {}, but the vocabulary has {} tokens", *unk_id_,
@@ -42,18 +41,22 @@ UnigramModel::UnigramModel(std::vector<std::pair<std::string, double>> tokens,
   build_trie();
 }
 
-std::shared_ptr<const UnigramModel> UnigramModel::from_json(const JsonView& json) {
-  const JsonView vocab = json.at("vocab");
-  if (!vocab.is_array()) vocab.fail("expected a list of [token, score]");
-  std::vector<std::pair<std::string, double>> tokens;
-  tokens.reserve(vocab.raw().size());
-  for (size_t i = 0; i < vocab.raw().size(); ++i) {
-    const nlohmann::json& entry = vocab.raw()[i];
+ScoredTokens scored_tokens_from_json(const JsonView& json) {
+  if (!json.is_array()) json.fail("expected a list of [token, score]");
+  ScoredTokens tokens;
+  tokens.reserve(json.raw().size());
+  for (size_t i = 0; i < json.raw().size(); ++i) {
+    const nlohmann::json& entry = json.raw()[i];
     if (!entry.is_array() || entry.size() != 2 || !entry[0].is_string() || !entry[1].is_number()) {
-      vocab.fail(fmt::format("entry {} is not [token, score]", i));
+      json.fail(fmt::format("entry {} is not [token, score]", i));
     }
     tokens.emplace_back(entry[0].get<std::string>(), entry[1].get<double>());
   }
+  return tokens;
+}
+
+std::shared_ptr<const UnigramModel> UnigramModel::from_json(const JsonView& json) {
+  ScoredTokens tokens = scored_tokens_from_json(json.at("vocab"));
   std::optional<uint32_t> unk_id;
   if (const auto unk = json.find("unk_id")) unk_id = unk->id();
   try {

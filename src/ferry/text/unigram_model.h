@@ -12,13 +12,17 @@
 
 namespace ferry::text {
 
+using ScoredTokens = std::vector<std::pair<std::string, double>>;
+
+// The [["token", score], ...] of a tokenizer.json. Throws FormatError.
+ScoredTokens scored_tokens_from_json(const JsonView& json);
+
 // Time is linear in the length of a piece (times the longest token).
 class UnigramModel final : public TokenModel {
  public:
   // A token's id is its position. `unk_id`: the token of what no other token covers. Throws
   // FormatError if it is outside the vocabulary or a token is not valid UTF-8.
-  UnigramModel(std::vector<std::pair<std::string, double>> tokens, std::optional<uint32_t> unk_id,
-               bool byte_fallback);
+  UnigramModel(ScoredTokens tokens, std::optional<uint32_t> unk_id, bool byte_fallback);
   static std::shared_ptr<const UnigramModel> from_json(const JsonView& json);
 
   void tokenize(std::string_view piece, std::vector<uint32_t>& ids) const override;
@@ -45,7 +49,7 @@ class UnigramModel final : public TokenModel {
   uint32_t unk_id() const;
   void append_unknown(std::string_view text, std::vector<uint32_t>& ids) const;
 
-  std::vector<std::pair<std::string, double>> tokens_;
+  ScoredTokens tokens_;
   Vocabulary vocabulary_;
   std::vector<Node> nodes_;
   std::vector<Edge> edges_;
