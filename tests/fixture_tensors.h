@@ -32,8 +32,10 @@ inline std::map<std::string, at::Tensor> read_fixture_tensors(const std::string&
   const nlohmann::json header = nlohmann::json::parse(bytes.substr(8, length));
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
-    at::Tensor tensor = at::empty(entry["shape"].get<std::vector<int64_t>>(), dtypes.at(entry["dtype"]));
-    std::memcpy(tensor.data_ptr(), bytes.data() + 8 + length + entry["data_offsets"][0].get<size_t>(),
+    at::Tensor tensor =
+        at::empty(entry["shape"].get<std::vector<int64_t>>(), dtypes.at(entry["dtype"]));
+    std::memcpy(tensor.data_ptr(),
+                bytes.data() + 8 + length + entry["data_offsets"][0].get<size_t>(),
                 tensor.nbytes());
     tensors[name] = tensor;
   }

@@ -25,15 +25,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using ferry::models::NamedTensors;
 
-double since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+double since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
 }
 
-// The same bytes as a streamed step, in requests of the engine's size, into a scratch of the arena's
-// size that is overwritten again and again.
+// The same bytes as a streamed step, in requests of the engine's size, into a scratch of the
+// arena's size that is overwritten again and again.
 class FreeReads {
  public:
   FreeReads(const ferry::weights::Checkpoint& checkpoint, uint64_t bytes, uint64_t scratch_bytes)
@@ -44,7 +46,8 @@ class FreeReads {
     constexpr uint64_t kRequest = 1 << 20;
     uint64_t place = 0;
     for (const auto& file : checkpoint.files()) {
-      for (uint64_t offset = 0; offset + kRequest <= file->size_bytes() && bytes >= kRequest; offset += kRequest) {
+      for (uint64_t offset = 0; offset + kRequest <= file->size_bytes() && bytes >= kRequest;
+           offset += kRequest) {
         requests_.push_back({file, offset, kRequest, kRequest, scratch_.data() + place});
         place = (place + kRequest) % (scratch_.size_bytes() / kRequest * kRequest);
         bytes -= kRequest;
@@ -73,7 +76,8 @@ int run(int argc, char** argv) {
   auto streamed = ferry::models::load_model(folder);
   for (const auto& stored : file->tensors()) {
     at::Tensor tensor = ferry::weights::read_stored(stored);
-    bool exact = stored.key.ends_with("_ids") || stored.key == "timestep" || stored.key == "guidance";
+    bool exact =
+        stored.key.ends_with("_ids") || stored.key == "timestep" || stored.key == "guidance";
     inputs[stored.key] = exact ? tensor : tensor.to(streamed->dtype());
   }
   ferry::offload::EngineOptions options;
@@ -86,14 +90,17 @@ int run(int argc, char** argv) {
   auto drop = [&] {
     for (const auto& part : resident->binding()->checkpoint->files()) part->drop_cache();
   };
-  auto forward = [&](ferry::models::Model& model) { return model.forward_named("forward", inputs, {}); };
+  auto forward = [&](ferry::models::Model& model) {
+    return model.forward_named("forward", inputs, {});
+  };
   drop();
   auto begin = Clock::now();
   NamedTensors out_streamed = forward(*streamed);
   const double cold_first = since(begin);
   NamedTensors out_resident = forward(*resident);
   for (const auto& [name, tensor] : out_resident) {
-    if (!tensor.equal(out_streamed.at(name))) ferry::throw_error<ferry::Error>("{} differs between streamed and resident", name);
+    if (!tensor.equal(out_streamed.at(name)))
+      ferry::throw_error<ferry::Error>("{} differs between streamed and resident", name);
   }
   const auto plan = offloading->client().plan();
   FreeReads reads(*resident->binding()->checkpoint, plan.streamed_bytes, plan.arena_bytes);
@@ -125,12 +132,16 @@ int run(int argc, char** argv) {
   }
   const auto report = engine->report();
   fmt::print(
-      "{{\"threads\": {}, \"weights_memory\": {}, \"streamed_bytes\": {}, \"arena_bytes\": {}, \"resident_bytes\": {}, "
-      "\"cold_first_s\": {:.4f}, \"streamed_s\": {:.4f}, \"limit_s\": {:.4f}, \"ratio\": {:.4f}, \"compute_s\": {:.4f}, "
-      "\"reads_s\": {:.4f}, \"streamed_rounds\": [{:.4f}], \"limit_rounds\": [{:.4f}], \"misses\": {}, \"dropped\": {}}}\n",
-      threads, budget, plan.streamed_bytes, plan.arena_bytes, plan.resident_bytes, cold_first, median(streaming),
-      median(limit), median(streaming) / median(limit), median(computing), median(reading), fmt::join(streaming, ", "),
-      fmt::join(limit, ", "), report.misses, report.dropped);
+      "{{\"threads\": {}, \"weights_memory\": {}, \"streamed_bytes\": {}, \"arena_bytes\": {}, "
+      "\"resident_bytes\": {}, "
+      "\"cold_first_s\": {:.4f}, \"streamed_s\": {:.4f}, \"limit_s\": {:.4f}, \"ratio\": {:.4f}, "
+      "\"compute_s\": {:.4f}, "
+      "\"reads_s\": {:.4f}, \"streamed_rounds\": [{:.4f}], \"limit_rounds\": [{:.4f}], \"misses\": "
+      "{}, \"dropped\": {}}}\n",
+      threads, budget, plan.streamed_bytes, plan.arena_bytes, plan.resident_bytes, cold_first,
+      median(streaming), median(limit), median(streaming) / median(limit), median(computing),
+      median(reading), fmt::join(streaming, ", "), fmt::join(limit, ", "), report.misses,
+      report.dropped);
   return 0;
 }
 
@@ -138,7 +149,9 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) try {
   if (argc < 4) {
-    fmt::print(stderr, "usage: {} COMPONENT_DIR INPUTS WEIGHTS_MEMORY [THREADS [FORWARDS [ROUNDS]]]\n", argv[0]);
+    fmt::print(stderr,
+               "usage: {} COMPONENT_DIR INPUTS WEIGHTS_MEMORY [THREADS [FORWARDS [ROUNDS]]]\n",
+               argv[0]);
     return 2;
   }
   return run(argc, argv);

@@ -79,7 +79,8 @@ class GroupOffloadingTest : public testing::Test {
     }
     io::SafetensorsWriter writer(folder_ / "model.safetensors", entries);
     for (const at::Tensor& value : values) {
-      writer.write({static_cast<const std::byte*>(value.const_data_ptr()), static_cast<size_t>(value.nbytes())});
+      writer.write({static_cast<const std::byte*>(value.const_data_ptr()),
+                    static_cast<size_t>(value.nbytes())});
     }
     writer.finish();
     ids_ = at::randint(100, {2, 7});
@@ -91,11 +92,13 @@ class GroupOffloadingTest : public testing::Test {
   }
   ~GroupOffloadingTest() override { fs::remove_all(folder_); }
 
-  std::pair<nn::Ptr<Net>, std::shared_ptr<weights::Binding>> load(std::optional<at::ScalarType> dtype = {}) {
+  std::pair<nn::Ptr<Net>, std::shared_ptr<weights::Binding>> load(
+      std::optional<at::ScalarType> dtype = {}) {
     auto net = nn::make<Net>();
     weights::BindOptions options;
     if (dtype) options.dtype = [=](const std::string&, at::ScalarType) { return *dtype; };
-    auto binding = weights::bind(*net, weights::Checkpoint::open_file(folder_ / "model.safetensors"), options);
+    auto binding =
+        weights::bind(*net, weights::Checkpoint::open_file(folder_ / "model.safetensors"), options);
     return {net, binding};
   }
 
@@ -116,11 +119,15 @@ TEST_F(GroupOffloadingTest, EqualsResidentBitForBit) {
     for (int64_t per_group : {1, 2, 7}) {
       for (uint64_t budget : {uint64_t{90} << 10, uint64_t{300} << 10, uint64_t{4} << 20}) {
         for (bool gather : {true, false}) {
-          if (type == OffloadType::block_level && per_group * (44 << 10) + (36 << 10) > static_cast<int64_t>(budget)) continue;
+          if (type == OffloadType::block_level &&
+              per_group * (44 << 10) + (36 << 10) > static_cast<int64_t>(budget))
+            continue;
           auto [net, binding] = load();
           auto shared = engine(budget);
           auto offloading = apply_group_offloading(*net, binding, shared,
-              {.offload_type = type, .num_blocks_per_group = per_group, .gather_embeddings = gather});
+                                                   {.offload_type = type,
+                                                    .num_blocks_per_group = per_group,
+                                                    .gather_embeddings = gather});
           for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected_));
           // Another path through the model, and back.
           for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(net(ids_, true).equal(expected_skip_));
@@ -160,7 +167,8 @@ TEST_F(GroupOffloadingTest, UnleasedSlotsAreLoud) {
 
 TEST_F(GroupOffloadingTest, SmallAndExcludedWeightsStay) {
   auto [net, binding] = load();
-  auto offloading = apply_group_offloading(*net, binding, engine(120 << 10, 1 << 10), {.exclude = {"out"}});
+  auto offloading =
+      apply_group_offloading(*net, binding, engine(120 << 10, 1 << 10), {.exclude = {"out"}});
   for (const weights::Slot& slot : weights::collect_slots(*net)) {
     bool stays = slot.size_bytes() < 1024 || slot.name().starts_with("out.");
     EXPECT_EQ(!weights::is_stub(slot.tensor), stays) << slot.name();
@@ -178,13 +186,15 @@ TEST_F(GroupOffloadingTest, RemovingAndApplyingAgain) {
   auto reader = io::make_read_engine();
   weights::load_resident(*binding, *reader);
   EXPECT_TRUE(net(ids_, false).equal(expected_));
-  auto again = apply_group_offloading(*net, binding, shared, {.offload_type = OffloadType::block_level});
+  auto again =
+      apply_group_offloading(*net, binding, shared, {.offload_type = OffloadType::block_level});
   EXPECT_TRUE(net(ids_, false).equal(expected_));
 }
 
 TEST_F(GroupOffloadingTest, UnknownNamesAreRefused) {
   auto [net, binding] = load();
-  EXPECT_THROW(apply_group_offloading(*net, binding, engine(1 << 20), {.exclude = {"nothing"}}), ArgumentError);
+  EXPECT_THROW(apply_group_offloading(*net, binding, engine(1 << 20), {.exclude = {"nothing"}}),
+               ArgumentError);
 }
 
 TEST_F(GroupOffloadingTest, AnErrorInsideAForwardReleasesEverything) {

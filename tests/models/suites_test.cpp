@@ -13,7 +13,8 @@ std::vector<ModelCase> cases_of(const std::vector<std::string>& classes) {
     for (const auto& entry : std::filesystem::directory_iterator(FERRY_FIXTURES "/models")) {
       const std::string folder = entry.path().filename().string();
       if (folder.substr(0, folder.rfind('-')) != name) continue;
-      ModelCase one{.name = folder, .folder = entry.path(), .inputs = entry.path() / "inputs.safetensors"};
+      ModelCase one{
+          .name = folder, .folder = entry.path(), .inputs = entry.path() / "inputs.safetensors"};
       std::erase(one.name, '-');
       nlohmann::json arguments = nlohmann::json::parse(std::ifstream(entry.path() / "args.json"));
       one.method = arguments.value("method", "forward");
@@ -21,7 +22,8 @@ std::vector<ModelCase> cases_of(const std::vector<std::string>& classes) {
       cases.push_back(std::move(one));
     }
   }
-  std::sort(cases.begin(), cases.end(), [](const ModelCase& a, const ModelCase& b) { return a.name < b.name; });
+  std::sort(cases.begin(), cases.end(),
+            [](const ModelCase& a, const ModelCase& b) { return a.name < b.name; });
   return cases;
 }
 
@@ -31,7 +33,8 @@ const std::vector<std::string> kAll = {"FluxTransformer2DModel", "AutoencoderKL"
 INSTANTIATE_TEST_SUITE_P(Models, ModelTester, ::testing::ValuesIn(cases_of(kAll)), case_name);
 INSTANTIATE_TEST_SUITE_P(Models, MemoryTester, ::testing::ValuesIn(cases_of(kAll)), case_name);
 INSTANTIATE_TEST_SUITE_P(Models, AttentionTester,
-                         ::testing::ValuesIn(cases_of({"FluxTransformer2DModel", "AutoencoderKL", "CLIPTextModel"})),
+                         ::testing::ValuesIn(cases_of({"FluxTransformer2DModel", "AutoencoderKL",
+                                                       "CLIPTextModel"})),
                          case_name);
 
 TEST(Cases, EveryClassHasFixtures) {

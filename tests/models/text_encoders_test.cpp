@@ -16,11 +16,14 @@ using ferry::testing::relative_error;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 
-std::string fixture(const std::string& name) { return FERRY_FIXTURES "/models/" + name; }
+std::string fixture(const std::string& name) {
+  return FERRY_FIXTURES "/models/" + name;
+}
 
 // A model with a fixture's weights, put there without the loader.
 template <class M>
-nn::Ptr<M> load(const std::string& name, const nlohmann::ordered_json& changes = nlohmann::ordered_json::object()) {
+nn::Ptr<M> load(const std::string& name,
+                const nlohmann::ordered_json& changes = nlohmann::ordered_json::object()) {
   nlohmann::ordered_json config = read_fixture_json(fixture(name) + "/config.json");
   config.update(changes);
   auto model = nn::make<M>(config_from_json<typename M::Config>(config, name));
@@ -28,14 +31,16 @@ nn::Ptr<M> load(const std::string& name, const nlohmann::ordered_json& changes =
   for (const auto& [key, tensor] : read_fixture_tensors(fixture(name) + "/model.safetensors")) {
     weights[model->map_key(key)] = tensor;
   }
-  for (weights::Slot& slot : weights::collect_slots(*model)) slot.tensor.set_data(weights.at(slot.name()));
+  for (weights::Slot& slot : weights::collect_slots(*model))
+    slot.tensor.set_data(weights.at(slot.name()));
   return model;
 }
 
 double parity(const std::string& name, Model& model) {
   nlohmann::ordered_json call = read_fixture_json(fixture(name) + "/args.json");
-  NamedTensors outputs = model.forward_named("forward", read_fixture_tensors(fixture(name) + "/inputs.safetensors"),
-                                             nlohmann::json::parse(call["args"].dump()));
+  NamedTensors outputs =
+      model.forward_named("forward", read_fixture_tensors(fixture(name) + "/inputs.safetensors"),
+                          nlohmann::json::parse(call["args"].dump()));
   auto expected = read_fixture_tensors(fixture(name) + "/outputs.safetensors");
   EXPECT_EQ(outputs.size(), expected.size());
   double worst = 0.0;
@@ -88,21 +93,26 @@ TEST(CLIPTextModel, KeysOfEveryGeneration) {
   CLIPTextConfig config;
   config.num_hidden_layers = 1;
   CLIPTextModel model(config);
-  EXPECT_EQ(model.map_key("text_model.encoder.layers.0.mlp.fc1.bias"), "encoder.layers.0.mlp.fc1.bias");
+  EXPECT_EQ(model.map_key("text_model.encoder.layers.0.mlp.fc1.bias"),
+            "encoder.layers.0.mlp.fc1.bias");
   EXPECT_EQ(model.map_key("encoder.layers.0.mlp.fc1.bias"), "encoder.layers.0.mlp.fc1.bias");
-  for (const char* dropped : {"text_model.embeddings.position_ids", "embeddings.position_ids", "logit_scale",
-                              "text_projection.weight", "vision_model.embeddings.class_embedding"}) {
+  for (const char* dropped :
+       {"text_model.embeddings.position_ids", "embeddings.position_ids", "logit_scale",
+        "text_projection.weight", "vision_model.embeddings.class_embedding"}) {
     EXPECT_EQ(model.map_key(dropped), "") << dropped;
   }
   CLIPTextModelWithProjection projection(config);
-  EXPECT_EQ(projection.map_key("text_model.final_layer_norm.bias"), "text_model.final_layer_norm.bias");
+  EXPECT_EQ(projection.map_key("text_model.final_layer_norm.bias"),
+            "text_model.final_layer_norm.bias");
   EXPECT_EQ(projection.map_key("final_layer_norm.bias"), "text_model.final_layer_norm.bias");
   EXPECT_EQ(projection.map_key("text_projection.weight"), "text_projection.weight");
   EXPECT_EQ(projection.map_key("text_model.embeddings.position_ids"), "");
 }
 
 TEST(CLIPTextModel, WrongUseIsNamed) {
-  auto message = [](const std::string& text) { return ThrowsMessage<ArgumentError>(HasSubstr(text)); };
+  auto message = [](const std::string& text) {
+    return ThrowsMessage<ArgumentError>(HasSubstr(text));
+  };
   CLIPTextConfig config;
   config.hidden_size = 30;
   EXPECT_THAT([&] { CLIPTextModel model(config); }, message("hidden_size 30"));
@@ -110,11 +120,23 @@ TEST(CLIPTextModel, WrongUseIsNamed) {
   config.projection_dim.reset();
   EXPECT_THAT([&] { CLIPTextModelWithProjection model(config); }, message("projection_dim"));
   auto model = load<CLIPTextModel>("CLIPTextModel-1");  // 16 positions
-  EXPECT_THAT([&] { model(at::ones({1, 17}, at::kLong)); }, message("17 tokens, expected at most 16"));
-  EXPECT_THAT([&] { model(at::ones({1, 4}, at::kLong), at::ones({1, 5}, at::kLong)); }, message("attention_mask"));
+  EXPECT_THAT(
+      [&] {
+        model(at::ones({1, 17}, at::kLong));
+      },
+      message("17 tokens, expected at most 16"));
+  EXPECT_THAT(
+      [&] {
+        model(at::ones({1, 4}, at::kLong), at::ones({1, 5}, at::kLong));
+      },
+      message("attention_mask"));
   EXPECT_THAT([&] { model->forward_named("forward", {}, {}); }, message("input_ids"));
-  EXPECT_THAT([&] { model->forward_named("forward", {{"input_ids", at::ones({1, 4}, at::kLong)}}, {{"top_k", 1}}); },
-              message("top_k"));
+  EXPECT_THAT(
+      [&] {
+        model->forward_named("forward", {{"input_ids", at::ones({1, 4}, at::kLong)}},
+                             {{"top_k", 1}});
+      },
+      message("top_k"));
 }
 
 TEST(T5EncoderModel, MaskedTokensDoNotMatter) {
@@ -124,7 +146,8 @@ TEST(T5EncoderModel, MaskedTokensDoNotMatter) {
   at::Tensor mask = at::tensor({1, 1, 1, 0, 0}, at::kLong).unsqueeze(0);
   at::Tensor one = model(ids, mask).last_hidden_state, two = model(other, mask).last_hidden_state;
   EXPECT_TRUE(at::equal(one.slice(1, 0, 3), two.slice(1, 0, 3)));
-  EXPECT_FALSE(at::equal(model(ids).last_hidden_state.slice(1, 0, 3), model(other).last_hidden_state.slice(1, 0, 3)));
+  EXPECT_FALSE(at::equal(model(ids).last_hidden_state.slice(1, 0, 3),
+                         model(other).last_hidden_state.slice(1, 0, 3)));
   // Masked is as good as absent: positions are relative.
   EXPECT_LE(relative_error(one.slice(1, 0, 3), model(ids.slice(1, 0, 3)).last_hidden_state), 1e-5);
 }
@@ -133,14 +156,18 @@ TEST(T5EncoderModel, EmbedsInPlaceOfIds) {
   auto model = load<T5EncoderModel>("T5EncoderModel-0");
   at::Tensor ids = at::tensor({5, 6, 7}, at::kLong).unsqueeze(0);
   at::Tensor embeds = model->shared(ids);
-  EXPECT_TRUE(at::equal(model(at::Tensor(), at::Tensor(), embeds).last_hidden_state, model(ids).last_hidden_state));
-  EXPECT_THAT([&] { model(ids, at::Tensor(), embeds); }, ThrowsMessage<ArgumentError>(HasSubstr("both")));
+  EXPECT_TRUE(at::equal(model(at::Tensor(), at::Tensor(), embeds).last_hidden_state,
+                        model(ids).last_hidden_state));
+  EXPECT_THAT([&] { model(ids, at::Tensor(), embeds); },
+              ThrowsMessage<ArgumentError>(HasSubstr("both")));
 }
 
 TEST(T5EncoderModel, OutputProjectionMayStayFloat32AmongHalves) {
-  auto reference = load<T5EncoderModel>("T5EncoderModel-0"), model = load<T5EncoderModel>("T5EncoderModel-0");
+  auto reference = load<T5EncoderModel>("T5EncoderModel-0"),
+       model = load<T5EncoderModel>("T5EncoderModel-0");
   for (weights::Slot& slot : weights::collect_slots(*model)) {
-    if (slot.name().find(".wo.") == std::string::npos) slot.tensor.set_data(slot.tensor.to(at::kHalf));
+    if (slot.name().find(".wo.") == std::string::npos)
+      slot.tensor.set_data(slot.tensor.to(at::kHalf));
   }
   at::Tensor ids = at::tensor({5, 6, 7, 9, 11}, at::kLong).unsqueeze(0);
   at::Tensor got = model(ids).last_hidden_state;
@@ -153,9 +180,13 @@ TEST(T5EncoderModel, HugeHalvesStayFinite) {
   model->to(at::kHalf);
   // A feed-forward output far beyond 65504 is clamped, as in Python.
   for (weights::Slot& slot : weights::collect_slots(*model)) {
-    if (slot.name().find(".wo.") != std::string::npos) slot.tensor.set_data(at::full_like(slot.tensor, 3e4));
+    if (slot.name().find(".wo.") != std::string::npos)
+      slot.tensor.set_data(at::full_like(slot.tensor, 3e4));
   }
-  EXPECT_TRUE(model(at::tensor({5, 6, 7}, at::kLong).unsqueeze(0)).last_hidden_state.isfinite().all().item<bool>());
+  EXPECT_TRUE(model(at::tensor({5, 6, 7}, at::kLong).unsqueeze(0))
+                  .last_hidden_state.isfinite()
+                  .all()
+                  .item<bool>());
 }
 
 TEST(T5EncoderModel, KeysOfAWholeT5) {
@@ -171,11 +202,14 @@ TEST(T5EncoderModel, KeysOfAWholeT5) {
 TEST(TextEncoders, ConfigsRoundTrip) {
   for (const char* name : {"CLIPTextModel-0", "CLIPTextModel-1"}) {
     nlohmann::json written = nlohmann::json::parse(load<CLIPTextModel>(name)->config_json().dump());
-    EXPECT_EQ(written, nlohmann::json::parse(read_fixture_json(fixture(name) + "/config.json").dump()));
+    EXPECT_EQ(written,
+              nlohmann::json::parse(read_fixture_json(fixture(name) + "/config.json").dump()));
   }
   for (const char* name : {"T5EncoderModel-0", "T5EncoderModel-1"}) {
-    nlohmann::json written = nlohmann::json::parse(load<T5EncoderModel>(name)->config_json().dump());
-    EXPECT_EQ(written, nlohmann::json::parse(read_fixture_json(fixture(name) + "/config.json").dump()));
+    nlohmann::json written =
+        nlohmann::json::parse(load<T5EncoderModel>(name)->config_json().dump());
+    EXPECT_EQ(written,
+              nlohmann::json::parse(read_fixture_json(fixture(name) + "/config.json").dump()));
   }
 }
 

@@ -40,7 +40,8 @@ TEST(Arena, ReleasingTwiceIsAnError) {
   EXPECT_THROW(arena.release(*a), Error);
 }
 
-// Against a page map: ranges never overlap, and an allocation fails only if no hole is large enough.
+// Against a page map: ranges never overlap, and an allocation fails only if no hole is large
+// enough.
 TEST(Arena, AgreesWithAPageMap) {
   constexpr uint64_t kPages = 64;
   Arena arena(kPages * kPage);
@@ -64,7 +65,8 @@ TEST(Arena, AgreesWithAPageMap) {
       ranges[*offset] = pages;
     } else if (!ranges.empty()) {
       auto range = std::next(ranges.begin(), random() % ranges.size());
-      for (uint64_t page = 0; page < range->second; ++page) taken[range->first / kPage + page] = false;
+      for (uint64_t page = 0; page < range->second; ++page)
+        taken[range->first / kPage + page] = false;
       arena.release(range->first);
       ranges.erase(range);
     }

@@ -34,14 +34,16 @@ class EngineTest : public testing::Test {
     std::vector<at::Tensor> values;
     for (size_t i = 0; i < rows.size(); ++i) {
       for (const auto& shape : {std::vector<int64_t>{rows[i], 64}, std::vector<int64_t>{rows[i]}}) {
-        entries.push_back({(shape.size() == 2 ? "w" : "b") + std::to_string(i), tensor::from_torch(dtype), shape});
+        entries.push_back({(shape.size() == 2 ? "w" : "b") + std::to_string(i),
+                           tensor::from_torch(dtype), shape});
         values.push_back(at::randn(shape).to(dtype));
         expected_.push_back(values.back());
       }
     }
     io::SafetensorsWriter writer(folder_ / "model.safetensors", entries);
     for (const at::Tensor& value : values) {
-      writer.write({static_cast<const std::byte*>(value.const_data_ptr()), static_cast<size_t>(value.nbytes())});
+      writer.write({static_cast<const std::byte*>(value.const_data_ptr()),
+                    static_cast<size_t>(value.nbytes())});
     }
     writer.finish();
   }
@@ -68,7 +70,8 @@ class EngineTest : public testing::Test {
            slots_[2 * group + 1].equal(expected_[2 * group + 1].to(dtype));
   }
 
-  void run_pass(Client& client, const std::vector<size_t>& order, at::ScalarType dtype = at::kFloat) {
+  void run_pass(Client& client, const std::vector<size_t>& order,
+                at::ScalarType dtype = at::kFloat) {
     client.begin_pass();
     for (size_t group : order) {
       Lease lease = client.lease(group);
@@ -106,7 +109,8 @@ TEST_F(EngineTest, StreamsEveryGroupOfEveryPass) {
     for (int pass = 0; pass < 4; ++pass) run_pass(client, kInOrder);
     Report report = engine.report();
     EXPECT_EQ(report.leases, 32u);
-    EXPECT_EQ(report.misses, 0u) << "the registration order was right, so nothing had to be asked for";
+    EXPECT_EQ(report.misses, 0u)
+        << "the registration order was right, so nothing had to be asked for";
     EXPECT_LE(report.peak_bytes, 160u << 10);
     EXPECT_GT(client.plan().streamed_bytes, 0u);
   }
@@ -314,7 +318,8 @@ TEST_F(EngineTest, TwoComponentsShareTheBudget) {
     run_pass(a, kInOrder);
     slots_ = second_slots;
     run_pass(b, kInOrder);
-    for (const at::Tensor& slot : first_slots) EXPECT_TRUE(weights::is_stub(slot)) << "b is active: a gave back";
+    for (const at::Tensor& slot : first_slots)
+      EXPECT_TRUE(weights::is_stub(slot)) << "b is active: a gave back";
   }
   EXPECT_LE(engine.report().peak_bytes, 120u << 10);
 }

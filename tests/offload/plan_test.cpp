@@ -14,7 +14,8 @@ constexpr uint64_t kMiB = 1 << 20;
 
 std::vector<GroupCost> groups_of(const std::vector<uint64_t>& mib) {
   std::vector<GroupCost> groups;
-  for (uint64_t size : mib) groups.push_back({"g" + std::to_string(groups.size()), size * kMiB, size * kMiB, false});
+  for (uint64_t size : mib)
+    groups.push_back({"g" + std::to_string(groups.size()), size * kMiB, size * kMiB, false});
   return groups;
 }
 
@@ -32,25 +33,27 @@ TEST(Plan, Table) {
     const char* expected;
   };
   const Row rows[] = {
-      {{10, 10, 10, 10}, 40, 20, "RRRR"},                // all fits: no arena
-      {{10, 10, 10, 10}, 39, 20, "R..."},                // 19 beside the arena
+      {{10, 10, 10, 10}, 40, 20, "RRRR"},                      // all fits: no arena
+      {{10, 10, 10, 10}, 39, 20, "R..."},                      // 19 beside the arena
       {{10, 10, 10, 10, 10, 10, 10, 10}, 60, 20, ".R.R.R.R"},  // half, spread evenly
-      {{10, 10, 10, 10}, 20, 20, "...."},                // two largest pieces, no more
-      {{10, 10, 10, 10}, 10, 20, "...."},                // the least: one
-      {{30, 1, 1, 1, 30}, 62, 20, ".RR.."},              // a group that does not fit is no reason to stop
+      {{10, 10, 10, 10}, 20, 20, "...."},                      // two largest pieces, no more
+      {{10, 10, 10, 10}, 10, 20, "...."},                      // the least: one
+      {{30, 1, 1, 1, 30}, 62, 20, ".RR.."},  // a group that does not fit is no reason to stop
   };
   for (const Row& row : rows) {
     PlanOptions options{row.budget_mib * kMiB, row.arena_mib * kMiB};
     Plan plan = make_plan(groups_of(row.mib), options);
     EXPECT_LE(plan.peak_bytes(), options.budget_bytes);
     std::string line = text(plan);
-    EXPECT_EQ(std::count(line.begin(), line.end(), 'R'), std::count(row.expected, row.expected + line.size(), 'R'))
+    EXPECT_EQ(std::count(line.begin(), line.end(), 'R'),
+              std::count(row.expected, row.expected + line.size(), 'R'))
         << line << " for " << row.expected;
   }
 }
 
 TEST(Plan, SpreadsResidentsEvenly) {
-  Plan plan = make_plan(groups_of(std::vector<uint64_t>(16, 10)), {.budget_bytes = 100 * kMiB, .preferred_arena_bytes = 20 * kMiB});
+  Plan plan = make_plan(groups_of(std::vector<uint64_t>(16, 10)),
+                        {.budget_bytes = 100 * kMiB, .preferred_arena_bytes = 20 * kMiB});
   std::string line = text(plan);
   for (size_t i = 0; i + 4 <= line.size(); ++i) {
     EXPECT_NEAR(std::count(line.begin() + i, line.begin() + i + 4, 'R'), 2, 1) << line;
@@ -70,7 +73,9 @@ TEST(Plan, WhatOutlastsOthersStays) {
   std::vector<GroupCost> groups = groups_of({10, 10, 10, 10});
   groups[2].keep_resident = true;
   EXPECT_EQ(smallest_budget(groups), 20 * kMiB);
-  EXPECT_EQ(text(make_plan(groups, {.budget_bytes = 30 * kMiB, .preferred_arena_bytes = 20 * kMiB})), "..R.");
+  EXPECT_EQ(
+      text(make_plan(groups, {.budget_bytes = 30 * kMiB, .preferred_arena_bytes = 20 * kMiB})),
+      "..R.");
   EXPECT_THROW(make_plan(groups, {.budget_bytes = 19 * kMiB}), BudgetError);
 }
 

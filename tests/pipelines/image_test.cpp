@@ -24,7 +24,9 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 
-std::filesystem::path scratch(const std::string& name) { return std::filesystem::path(::testing::TempDir()) / name; }
+std::filesystem::path scratch(const std::string& name) {
+  return std::filesystem::path(::testing::TempDir()) / name;
+}
 
 std::string read_bytes(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -54,7 +56,8 @@ TEST(Image, TensorBecomesPixelsAsInPython) {
   EXPECT_THAT(images[0].pixels, ::testing::ElementsAre(128, 255, 255, 0, 0, 64));
   // Halves to even: 0.5/255 and 1.5/255 give 0 and 2.
   at::Tensor halves = at::tensor({0.5f / 255, 1.5f / 255, 2.5f / 255}).reshape({1, 1, 3});
-  EXPECT_THAT(images_from_tensor(halves, /*do_denormalize=*/false)[0].pixels, ::testing::ElementsAre(0, 2, 2));
+  EXPECT_THAT(images_from_tensor(halves, /*do_denormalize=*/false)[0].pixels,
+              ::testing::ElementsAre(0, 2, 2));
 }
 
 TEST(Image, DenormalizesInTheTensorsDtype) {
@@ -67,12 +70,21 @@ TEST(Image, DenormalizesInTheTensorsDtype) {
 TEST(Image, NanIsAnErrorThatCountsThem) {
   at::Tensor tensor = at::zeros({2, 3, 4, 4});
   tensor[1][2][3][3] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_THAT([&] { images_from_tensor(tensor); }, ThrowsMessage<Error>(HasSubstr("1 NaN values of 96")));
+  EXPECT_THAT([&] { images_from_tensor(tensor); },
+              ThrowsMessage<Error>(HasSubstr("1 NaN values of 96")));
 }
 
 TEST(Image, WrongTensorsAreNamed) {
-  EXPECT_THAT([] { images_from_tensor(at::zeros({2, 4, 4})); }, ThrowsMessage<ArgumentError>(HasSubstr("2 x 4 x 4")));
-  EXPECT_THAT([] { images_from_tensor(at::zeros({3, 4, 4}, at::kLong)); }, ThrowsMessage<ArgumentError>(HasSubstr("Long")));
+  EXPECT_THAT(
+      [] {
+        images_from_tensor(at::zeros({2, 4, 4}));
+      },
+      ThrowsMessage<ArgumentError>(HasSubstr("2 x 4 x 4")));
+  EXPECT_THAT(
+      [] {
+        images_from_tensor(at::zeros({3, 4, 4}, at::kLong));
+      },
+      ThrowsMessage<ArgumentError>(HasSubstr("Long")));
 }
 
 TEST(Image, TensorRoundTrip) {
@@ -86,7 +98,9 @@ TEST(Image, PngRoundTripOfEachKindWithText) {
   for (int channels : {1, 3, 4}) {
     Image image = gradient(7, 5, channels);
     std::filesystem::path path = scratch("picture.PNG");
-    std::vector<std::pair<std::string, std::string>> text = {{"prompt", "a red circle"}, {"Title", "größe 圆"}}, got;
+    std::vector<std::pair<std::string, std::string>> text = {{"prompt", "a red circle"},
+                                                             {"Title", "größe 圆"}},
+                                                     got;
     save_image(image, path, {.text = text});
     Image loaded = load_png(path, &got);
     EXPECT_EQ(loaded.width, 7);
@@ -139,7 +153,8 @@ TEST(Image, JpegHoldsThePictureAndTheComment) {
   double sum = 0;
   for (size_t i = 0; i < pixels.size(); ++i) sum += std::abs(int{pixels[i]} - int{image.pixels[i]});
   EXPECT_LT(sum / pixels.size(), 4.0);
-  EXPECT_THAT([&] { save_image(gradient(4, 4, 4), path); }, ThrowsMessage<ArgumentError>(HasSubstr("transparency")));
+  EXPECT_THAT([&] { save_image(gradient(4, 4, 4), path); },
+              ThrowsMessage<ArgumentError>(HasSubstr("transparency")));
   // A refused picture leaves the file as it was.
   EXPECT_EQ(read_bytes(path), bytes);
 }
@@ -151,22 +166,27 @@ TEST(Image, Webp) {
   save_image(image, path, {.quality = 95});
   std::string bytes = read_bytes(path);
   int width = 0, height = 0;
-  uint8_t* pixels = WebPDecodeRGB(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), &width, &height);
+  uint8_t* pixels =
+      WebPDecodeRGB(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), &width, &height);
   ASSERT_NE(pixels, nullptr);
   EXPECT_EQ(width, 16);
   EXPECT_EQ(height, 16);
   EXPECT_NEAR(pixels[3 * (8 * 16 + 8)], image.pixels[3 * (8 * 16 + 8)], 8);
   WebPFree(pixels);
 #else
-  EXPECT_THAT([&] { save_image(gradient(16, 16, 3), path); }, ThrowsMessage<ArgumentError>(HasSubstr("built without webp")));
+  EXPECT_THAT([&] { save_image(gradient(16, 16, 3), path); },
+              ThrowsMessage<ArgumentError>(HasSubstr("built without webp")));
 #endif
 }
 
 TEST(Image, OtherNamesAndEmptyPicturesAreRefused) {
   Image image = gradient(2, 2, 3);
-  EXPECT_THAT([&] { save_image(image, scratch("a.gif")); }, ThrowsMessage<ArgumentError>(HasSubstr(".gif")));
-  EXPECT_THAT([&] { save_image({}, scratch("a.png")); }, ThrowsMessage<ArgumentError>(HasSubstr("0 x 0")));
-  EXPECT_THAT([&] { save_image(image, scratch("a.jpg"), {.quality = 0}); }, ThrowsMessage<ArgumentError>(HasSubstr("quality")));
+  EXPECT_THAT([&] { save_image(image, scratch("a.gif")); },
+              ThrowsMessage<ArgumentError>(HasSubstr(".gif")));
+  EXPECT_THAT([&] { save_image({}, scratch("a.png")); },
+              ThrowsMessage<ArgumentError>(HasSubstr("0 x 0")));
+  EXPECT_THAT([&] { save_image(image, scratch("a.jpg"), {.quality = 0}); },
+              ThrowsMessage<ArgumentError>(HasSubstr("quality")));
   EXPECT_THROW(save_image(image, scratch("no-such-folder") / "a.png"), IoError);
 }
 

@@ -11,8 +11,8 @@ struct Case {
   double p, a, b, x;
 };
 
-// x from scipy.stats.beta.ppf(p, a, b), scipy 1.17.1. (At p = 1e-12, a = 0.5, b = 3 scipy is off by a
-// factor of 160, so its own cdf does not give p back: see TailHasItsLeadingTerm.)
+// x from scipy.stats.beta.ppf(p, a, b), scipy 1.17.1. (At p = 1e-12, a = 0.5, b = 3 scipy is off by
+// a factor of 160, so its own cdf does not give p back: see TailHasItsLeadingTerm.)
 constexpr Case cases[] = {
     {1e-12, 0.6, 0.6, 1.8558824624914097e-20},
     {1e-06, 0.6, 0.6, 1.8558824624053043e-10},

@@ -18,8 +18,10 @@ using ferry::testing::relative_error;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 
-FlowMatchEulerDiscreteScheduler make(const nlohmann::ordered_json& config = nlohmann::ordered_json::object()) {
-  return FlowMatchEulerDiscreteScheduler(models::config_from_json<FlowMatchEulerDiscreteConfig>(config, "test"));
+FlowMatchEulerDiscreteScheduler make(
+    const nlohmann::ordered_json& config = nlohmann::ordered_json::object()) {
+  return FlowMatchEulerDiscreteScheduler(
+      models::config_from_json<FlowMatchEulerDiscreteConfig>(config, "test"));
 }
 
 std::vector<std::string> fixtures() {
@@ -43,9 +45,11 @@ TEST_P(FlowMatchEulerFixture, TrajectoryEqualsPython) {
     if (name.starts_with("expected.")) expected[name.substr(9)] = tensor;
   }
   std::optional<int64_t> steps;
-  if (fixture.contains("steps") && fixture["steps"].is_number()) steps = fixture["steps"].get<int64_t>();
+  if (fixture.contains("steps") && fixture["steps"].is_number())
+    steps = fixture["steps"].get<int64_t>();
   auto scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler", fixture["config"]);
-  NamedTensors got = run_trajectory(*scheduler, inputs, steps, nlohmann::json::parse(fixture["args"].dump()));
+  NamedTensors got =
+      run_trajectory(*scheduler, inputs, steps, nlohmann::json::parse(fixture["args"].dump()));
   ASSERT_EQ(expected.size(), 4u);
   for (const auto& [name, tensor] : expected) {
     ASSERT_TRUE(got.contains(name)) << name;
@@ -54,11 +58,15 @@ TEST_P(FlowMatchEulerFixture, TrajectoryEqualsPython) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Fixtures, FlowMatchEulerFixture, ::testing::ValuesIn(fixtures()), [](const auto& info) {
-  std::string name = info.param;
-  std::replace_if(name.begin(), name.end(), [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); }, '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Fixtures, FlowMatchEulerFixture, ::testing::ValuesIn(fixtures()),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::replace_if(
+                               name.begin(), name.end(),
+                               [](char c) { return !std::isalnum(static_cast<unsigned char>(c)); },
+                               '_');
+                           return name;
+                         });
 
 TEST(FlowMatchEuler, ConstantVelocityReachesTheDataExactly) {
   // With the exact velocity noise - data, Euler's method ends at the data whatever the schedule.
@@ -66,20 +74,22 @@ TEST(FlowMatchEuler, ConstantVelocityReachesTheDataExactly) {
   at::Tensor data = at::full({1, 4}, 0.25), noise = at::full({1, 4}, -1.5);
   scheduler.set_timesteps({.num_inference_steps = 7});
   at::Tensor sample = noise;
-  for (int64_t i = 0; i < 7; ++i) sample = scheduler.step(noise - data, scheduler.timesteps()[i], sample);
+  for (int64_t i = 0; i < 7; ++i)
+    sample = scheduler.step(noise - data, scheduler.timesteps()[i], sample);
   EXPECT_LE((sample - data).abs().max().item<double>(), 1e-6);
 }
 
 TEST(FlowMatchEuler, ResultHasTheModelOutputsDtype) {
   auto scheduler = make();
   scheduler.set_timesteps({.num_inference_steps = 2});
-  at::Tensor next = scheduler.step(at::ones({1, 3}, at::kBFloat16), scheduler.timesteps()[0], at::ones({1, 3}));
+  at::Tensor next =
+      scheduler.step(at::ones({1, 3}, at::kBFloat16), scheduler.timesteps()[0], at::ones({1, 3}));
   EXPECT_EQ(next.scalar_type(), at::kBFloat16);
 }
 
 TEST(FlowMatchEuler, PerTokenTimesteps) {
-  // Two tokens at sigma 1 and 0.5 of the schedule 1, 0.75, 0.5, 0.25, 0: each steps to the next lower
-  // sigma. The sign follows Python's class, where this branch adds (current - next) * output.
+  // Two tokens at sigma 1 and 0.5 of the schedule 1, 0.75, 0.5, 0.25, 0: each steps to the next
+  // lower sigma. The sign follows Python's class, where this branch adds (current - next) * output.
   auto scheduler = make();
   scheduler.set_timesteps({.sigmas = std::vector<double>{1.0, 0.75, 0.5, 0.25}});
   at::Tensor output = at::ones({1, 2, 3}), sample = at::zeros({1, 2, 3}, at::kBFloat16);
@@ -135,7 +145,8 @@ TEST(FlowMatchEuler, BeginIndexStartsInTheMiddleAndIsForgotten) {
 }
 
 TEST(FlowMatchEuler, ConfigKeepsUnknownKeysThroughAFolder) {
-  auto scheduler = make({{"shift", 3}, {"_diffusers_version", "0.42.1"}, {"from_the_future", {1, 2}}});
+  auto scheduler =
+      make({{"shift", 3}, {"_diffusers_version", "0.42.1"}, {"from_the_future", {1, 2}}});
   std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "scheduler";
   scheduler.save_pretrained(folder);
   auto loaded = load_scheduler(folder);
@@ -148,8 +159,14 @@ TEST(FlowMatchEuler, ConfigKeepsUnknownKeysThroughAFolder) {
 }
 
 TEST(FlowMatchEuler, WrongUseNamesTheArgument) {
-  auto message = [](const std::string& text) { return ThrowsMessage<ArgumentError>(HasSubstr(text)); };
-  EXPECT_THAT([] { make({{"use_karras_sigmas", true}, {"use_beta_sigmas", true}}); }, message("only one of"));
+  auto message = [](const std::string& text) {
+    return ThrowsMessage<ArgumentError>(HasSubstr(text));
+  };
+  EXPECT_THAT(
+      [] {
+        make({{"use_karras_sigmas", true}, {"use_beta_sigmas", true}});
+      },
+      message("only one of"));
   EXPECT_THAT([] { make({{"time_shift_type", "cubic"}}); }, message("cubic"));
   EXPECT_THAT([] { make({{"num_train_timesteps", 0}}); }, message("num_train_timesteps"));
   auto dynamic = make({{"use_dynamic_shifting", true}});
@@ -157,8 +174,11 @@ TEST(FlowMatchEuler, WrongUseNamesTheArgument) {
   auto scheduler = make();
   EXPECT_THAT([&] { scheduler.set_timesteps({}); }, message("num_inference_steps"));
   EXPECT_THAT([&] { scheduler.set_timesteps({.num_inference_steps = 0}); }, message("0 steps"));
-  EXPECT_THAT([&] { scheduler.set_timesteps({.num_inference_steps = 3, .sigmas = std::vector<double>{1.0}}); },
-              message("sigmas: got 1"));
+  EXPECT_THAT(
+      [&] {
+        scheduler.set_timesteps({.num_inference_steps = 3, .sigmas = std::vector<double>{1.0}});
+      },
+      message("sigmas: got 1"));
   scheduler.set_timesteps({.num_inference_steps = 1});
   at::Tensor x = at::ones({1});
   EXPECT_THAT([&] { scheduler.step(x, at::tensor({0}), x); }, message("integer"));
@@ -167,20 +187,27 @@ TEST(FlowMatchEuler, WrongUseNamesTheArgument) {
   unknown.values["eta"] = 1.0;
   EXPECT_THAT([&] { scheduler.step(x, scheduler.timesteps()[0], x, unknown); }, message("eta"));
   scheduler.step(x, scheduler.timesteps()[0], x);
-  EXPECT_THAT([&] { scheduler.step(x, scheduler.timesteps()[0], x); }, message("step 2 of a schedule of 1"));
-  EXPECT_THAT([] { make_scheduler("DDIMScheduler", {}); }, message("FlowMatchEulerDiscreteScheduler"));
+  EXPECT_THAT([&] { scheduler.step(x, scheduler.timesteps()[0], x); },
+              message("step 2 of a schedule of 1"));
+  EXPECT_THAT([] { make_scheduler("DDIMScheduler", {}); },
+              message("FlowMatchEulerDiscreteScheduler"));
   // A wrong type is the file's fault.
   EXPECT_THAT([] { make({{"shift", "three"}}); }, ThrowsMessage<FormatError>(HasSubstr("shift")));
 }
 
 TEST(Trajectory, InputsAreChecked) {
-  auto message = [](const std::string& text) { return ThrowsMessage<ArgumentError>(HasSubstr(text)); };
+  auto message = [](const std::string& text) {
+    return ThrowsMessage<ArgumentError>(HasSubstr(text));
+  };
   auto scheduler = make();
   at::Tensor x = at::ones({2});
   EXPECT_THAT([&] { run_trajectory(scheduler, {{"latents", x}}, 2); }, message("latents"));
   EXPECT_THAT([&] { run_trajectory(scheduler, {{"sample", x}}, 2); }, message("model_outputs"));
-  EXPECT_THAT([&] { run_trajectory(scheduler, {{"sample", x}, {"model_outputs", at::ones({3, 2})}}, 2); },
-              message("got 3 from step 0"));
+  EXPECT_THAT(
+      [&] {
+        run_trajectory(scheduler, {{"sample", x}, {"model_outputs", at::ones({3, 2})}}, 2);
+      },
+      message("got 3 from step 0"));
   EXPECT_THAT([&] { run_trajectory(scheduler, {}, 2, {{"mu", "x"}}); }, message("mu"));
   EXPECT_EQ(run_trajectory(scheduler, {}, 2).at("timesteps").numel(), 2);
 }

@@ -32,7 +32,8 @@ class PassHook : public nn::ModuleHook {
 // On a module that needs groups while it runs. A module may be entered again from within itself.
 class LeaseHook : public nn::ModuleHook {
  public:
-  LeaseHook(offload::Client& client, std::vector<size_t> groups) : client_(client), groups_(std::move(groups)) {}
+  LeaseHook(offload::Client& client, std::vector<size_t> groups)
+      : client_(client), groups_(std::move(groups)) {}
 
   void before(nn::Module&) override {
     std::vector<offload::Lease> leases;
@@ -49,14 +50,15 @@ class LeaseHook : public nn::ModuleHook {
 };
 
 struct Entry {
-  std::string name;     // dotted, "" for the root
-  nn::Module* module;   // the nearest ferry module: where the hook goes
+  std::string name;    // dotted, "" for the root
+  nn::Module* module;  // the nearest ferry module: where the hook goes
   const torch::nn::Module* holder;
 };
 
 // All modules below `root`, depth first in registration order. A plain torch::nn module belongs to
 // its nearest ferry ancestor, since it has no call point.
-void walk(torch::nn::Module& module, const std::string& name, nn::Module* nearest, std::vector<Entry>& entries) {
+void walk(torch::nn::Module& module, const std::string& name, nn::Module* nearest,
+          std::vector<Entry>& entries) {
   if (auto* own = dynamic_cast<nn::Module*>(&module)) nearest = own;
   entries.push_back({name, nearest, &module});
   for (const auto& child : module.named_children()) {
@@ -71,7 +73,8 @@ bool is_below(const std::string& name, const std::string& ancestor) {
 // Which module leases what: the grouping of one root.
 class Grouping {
  public:
-  Grouping(nn::Module& root, const weights::Binding& binding, const GroupOffloadingConfig& config) : config_(config) {
+  Grouping(nn::Module& root, const weights::Binding& binding, const GroupOffloadingConfig& config)
+      : config_(config) {
     walk(root, "", &root, entries_);
     for (size_t i = 0; i < binding.slots.size(); ++i) {
       by_tensor_.emplace(binding.slots[i].slot.tensor.unsafeGetTensorImpl(), i);
@@ -92,7 +95,10 @@ class Grouping {
     for (const Entry& entry : entries_) {
       bool out = std::any_of(config_.exclude.begin(), config_.exclude.end(),
                              [&](const std::string& name) { return is_below(entry.name, name); });
-      if (out) for_own_slots(entry, [&](size_t slot) { if (taken_.insert(slot).second) excluded.push_back(&bound(slot)); });
+      if (out)
+        for_own_slots(entry, [&](size_t slot) {
+          if (taken_.insert(slot).second) excluded.push_back(&bound(slot));
+        });
     }
     if (config_.offload_type == OffloadType::block_level) add_blocks();
     if (config_.offload_type == OffloadType::leaf_level) {
@@ -115,7 +121,8 @@ class Grouping {
 
   void check_names(const std::vector<std::string>& names, const char* option) const {
     for (const std::string& name : names) {
-      bool known = std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.name == name; });
+      bool known = std::any_of(entries_.begin(), entries_.end(),
+                               [&](const Entry& entry) { return entry.name == name; });
       if (!known) throw_error<ArgumentError>("{}: there is no module named '{}'", option, name);
     }
   }
@@ -160,7 +167,8 @@ class Grouping {
     }
     std::vector<size_t>& wanted = wanted_[hooked];
     // The top-level group sees every block's slots; those blocks lease for themselves.
-    if (config_.offload_type == OffloadType::leaf_level) wanted.insert(wanted.end(), others.begin(), others.end());
+    if (config_.offload_type == OffloadType::leaf_level)
+      wanted.insert(wanted.end(), others.begin(), others.end());
     if (!own.empty()) {
       offload::Group group{name.empty() ? "(root)" : name, {}, outlasts_others(members, hooked)};
       for (size_t slot : own) group.slots.push_back(bound(slot));
@@ -184,8 +192,12 @@ class Grouping {
     for (const Entry& entry : entries_) {
       if (!dynamic_cast<const nn::ModuleListBase*>(entry.holder)) continue;
       if (!config_.block_modules.empty()) {
-        if (std::find(config_.block_modules.begin(), config_.block_modules.end(), entry.name) == config_.block_modules.end()) continue;
-      } else if (std::any_of(lists.begin(), lists.end(), [&](const std::string& outer) { return is_below(entry.name, outer); })) {
+        if (std::find(config_.block_modules.begin(), config_.block_modules.end(), entry.name) ==
+            config_.block_modules.end())
+          continue;
+      } else if (std::any_of(lists.begin(), lists.end(), [&](const std::string& outer) {
+                   return is_below(entry.name, outer);
+                 })) {
         continue;
       }
       lists.push_back(entry.name);
@@ -231,7 +243,9 @@ class Grouping {
 
 }  // namespace
 
-GroupOffloading::~GroupOffloading() { remove(); }
+GroupOffloading::~GroupOffloading() {
+  remove();
+}
 
 void GroupOffloading::remove() {
   for (nn::Module* module : hooked_) {
@@ -239,25 +253,32 @@ void GroupOffloading::remove() {
     module->remove_hook(kPassHook);
   }
   hooked_.clear();
-  for (nn::Module* module : row_sources_) static_cast<nn::Embedding*>(module)->set_row_source(nullptr);
+  for (nn::Module* module : row_sources_)
+    static_cast<nn::Embedding*>(module)->set_row_source(nullptr);
   row_sources_.clear();
   client_.reset();
 }
 
-std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root, std::shared_ptr<weights::Binding> binding,
+std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
+                                                        std::shared_ptr<weights::Binding> binding,
                                                         std::shared_ptr<offload::Engine> engine,
-                                                        const GroupOffloadingConfig& config, const std::string& name) {
+                                                        const GroupOffloadingConfig& config,
+                                                        const std::string& name) {
   if (root.find_hook(kPassHook)) {
-    throw_error<ArgumentError>("{}: group offloading is on already; remove it first to change its options", name);
+    throw_error<ArgumentError>(
+        "{}: group offloading is on already; remove it first to change its options", name);
   }
-  if (!binding) throw_error<ArgumentError>("{}: has no checkpoint to stream from; save and load it first", name);
+  if (!binding)
+    throw_error<ArgumentError>("{}: has no checkpoint to stream from; save and load it first",
+                               name);
 
   Grouping grouping(root, *binding, config);
   grouping.build(engine->options().small_slot_bytes);
   // Weights that were loaded before give their memory back.
   for (const weights::BoundSlot& bound : binding->slots) {
     at::Tensor tensor = bound.slot.tensor;
-    if (!weights::is_stub(tensor)) tensor.set_data(weights::make_stub(tensor.sizes(), tensor.scalar_type()));
+    if (!weights::is_stub(tensor))
+      tensor.set_data(weights::make_stub(tensor.sizes(), tensor.scalar_type()));
   }
   for (const weights::BoundSlot* bound : grouping.excluded) {
     at::Tensor tensor = bound->slot.tensor;
@@ -271,7 +292,8 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root, std::s
   for (const auto& [module, groups] : grouping.leases) {
     options.first_order.insert(options.first_order.end(), groups.begin(), groups.end());
   }
-  offloading->client_ = std::make_unique<offload::Client>(*engine, name, std::move(grouping.groups), options);
+  offloading->client_ =
+      std::make_unique<offload::Client>(*engine, name, std::move(grouping.groups), options);
   for (const auto& [embedding, bound] : grouping.tables) {
     embedding->set_row_source(std::make_shared<RowReader>(*bound));
     offloading->row_sources_.push_back(embedding);

@@ -45,9 +45,11 @@ class GroupOffloading {
   const std::shared_ptr<offload::Engine>& engine() const { return engine_; }
 
  private:
-  friend std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module&, std::shared_ptr<weights::Binding>,
+  friend std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module&,
+                                                                 std::shared_ptr<weights::Binding>,
                                                                  std::shared_ptr<offload::Engine>,
-                                                                 const GroupOffloadingConfig&, const std::string&);
+                                                                 const GroupOffloadingConfig&,
+                                                                 const std::string&);
   std::shared_ptr<offload::Engine> engine_;
   std::shared_ptr<weights::Binding> binding_;
   std::unique_ptr<offload::Client> client_;
@@ -59,7 +61,8 @@ class GroupOffloading {
 // been changed since they were read (they would be read again from the checkpoint). Throws
 // BudgetError stating the least budget, ArgumentError (offloading is on already; a name in
 // `exclude` or `block_modules` that does not exist), IoError.
-std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root, std::shared_ptr<weights::Binding> binding,
+std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
+                                                        std::shared_ptr<weights::Binding> binding,
                                                         std::shared_ptr<offload::Engine> engine,
                                                         const GroupOffloadingConfig& config = {},
                                                         const std::string& name = "model");

@@ -12,7 +12,8 @@ at::Tensor RowReader::gather(const at::Tensor& ids) {
   const int64_t rows = source.shape.at(0);
   const uint64_t row_bytes = source.size_bytes / static_cast<uint64_t>(std::max<int64_t>(rows, 1));
   if (!at::isIntegralType(ids.scalar_type(), /*includeBool=*/false)) {
-    throw_error<ArgumentError>("{}: ids have to be integers, got {}", bound_.slot.name(), tensor::dtype_name(ids.scalar_type()));
+    throw_error<ArgumentError>("{}: ids have to be integers, got {}", bound_.slot.name(),
+                               tensor::dtype_name(ids.scalar_type()));
   }
   at::Tensor flat = ids.to(at::kCPU, at::kLong).reshape({-1}).contiguous();
   auto [unique, inverse] = at::_unique(flat, /*sorted=*/true, /*return_inverse=*/true);
@@ -25,7 +26,8 @@ at::Tensor RowReader::gather(const at::Tensor& ids) {
   const int64_t* wanted = unique.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < unique.numel(); ++i) {
     if (wanted[i] < 0 || wanted[i] >= rows) {
-      throw_error<ArgumentError>("{}: id {} is outside the table of {} rows", bound_.slot.name(), wanted[i], rows);
+      throw_error<ArgumentError>("{}: id {} is outside the table of {} rows", bound_.slot.name(),
+                                 wanted[i], rows);
     }
     source.file->read_exact(source.offset + static_cast<uint64_t>(wanted[i]) * row_bytes, row_bytes,
                             into + static_cast<uint64_t>(i) * row_bytes);

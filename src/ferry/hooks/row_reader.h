@@ -1,4 +1,5 @@
-// Rows of an embedding table, gathered from disk: T5's table is 263 MB, a prompt needs a few KB of it.
+// Rows of an embedding table, gathered from disk: T5's table is 263 MB, a prompt needs a few KB of
+// it.
 #pragma once
 
 #include "ferry/nn/embedding.h"
@@ -11,8 +12,8 @@ class RowReader : public nn::RowSource {
  public:
   explicit RowReader(weights::BoundSlot bound) : bound_(std::move(bound)) {}
 
-  // ids: int64 of any shape. Returns [...ids, row], in the slot's dtype. Throws ArgumentError for an
-  // id outside the table or ids that are no integers, IoError.
+  // ids: int64 of any shape. Returns [...ids, row], in the slot's dtype. Throws ArgumentError for
+  // an id outside the table or ids that are no integers, IoError.
   at::Tensor gather(const at::Tensor& ids) override;
 
  private:

@@ -31,7 +31,9 @@ struct ConfigBase {
 namespace detail {
 
 template <class T>
-void get_value(const nlohmann::ordered_json& json, T& value) { value = json.get<T>(); }
+void get_value(const nlohmann::ordered_json& json, T& value) {
+  value = json.get<T>();
+}
 template <class T>
 void get_value(const nlohmann::ordered_json& json, std::optional<T>& value) {
   if (json.is_null()) {
@@ -41,7 +43,9 @@ void get_value(const nlohmann::ordered_json& json, std::optional<T>& value) {
   }
 }
 template <class T>
-nlohmann::ordered_json put_value(const T& value) { return value; }
+nlohmann::ordered_json put_value(const T& value) {
+  return value;
+}
 template <class T>
 nlohmann::ordered_json put_value(const std::optional<T>& value) {
   return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json(nullptr);
@@ -66,7 +70,9 @@ struct Reader {
 struct Writer {
   nlohmann::ordered_json& json;
   template <class T>
-  void operator()(const char* key, const T& value) { json[key] = put_value(value); }
+  void operator()(const char* key, const T& value) {
+    json[key] = put_value(value);
+  }
 };
 
 }  // namespace detail
@@ -74,7 +80,8 @@ struct Writer {
 // Absent keys keep their defaults. Throws FormatError naming `where` (the file) and the key.
 template <class Config>
 Config config_from_json(const nlohmann::ordered_json& json, const std::string& where) {
-  if (!json.is_object()) throw_error<FormatError>("{}: expected a JSON object, got {}", where, json.type_name());
+  if (!json.is_object())
+    throw_error<FormatError>("{}: expected a JSON object, got {}", where, json.type_name());
   Config config;
   config.extra = json;
   detail::Reader reader{config.extra, where};

@@ -1,5 +1,5 @@
-// What every model is (diffusers' ModelMixin and ConfigMixin): a module with a config, traits, named
-// inputs and outputs, and a way from and to a folder.
+// What every model is (diffusers' ModelMixin and ConfigMixin): a module with a config, traits,
+// named inputs and outputs, and a way from and to a folder.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -67,7 +67,8 @@ class Model : public nn::Module {
   void load_weights();
   bool weights_loaded() const;
 
-  // Attention backend of every attention module below: "native", "math", … (nn/attention_dispatch.h)
+  // Attention backend of every attention module below: "native", "math", …
+  // (nn/attention_dispatch.h)
   void set_attention_backend(const std::string& backend);
 
   // Writes config.json and the weights, sharded above `max_shard_size_bytes`, so that Python reads
@@ -93,17 +94,21 @@ struct LoadOptions {
 // headers only. `class_name` overrides the config's (`_class_name`, or `architectures` of
 // transformers). Throws FormatError (config, header; all missing, unexpected and mis-shaped keys at
 // once), IoError, ArgumentError (a class ferry does not have, naming those it has).
-std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const LoadOptions& options = {},
+std::shared_ptr<Model> load_model(const std::filesystem::path& folder,
+                                  const LoadOptions& options = {},
                                   const std::string& class_name = "");
 
 // The registry: an explicit table in registry.cpp, a line a class.
 struct ModelClass {
   std::string_view name;
-  std::function<std::shared_ptr<Model>(const nlohmann::ordered_json& config, const std::string& where)> make;
+  std::function<std::shared_ptr<Model>(const nlohmann::ordered_json& config,
+                                       const std::string& where)>
+      make;
 };
 const std::vector<ModelClass>& model_classes();
 // Without weights: all parameters are stubs. Throws as load_model().
-std::shared_ptr<Model> make_model(const std::string& class_name, const nlohmann::ordered_json& config,
+std::shared_ptr<Model> make_model(const std::string& class_name,
+                                  const nlohmann::ordered_json& config,
                                   const std::string& where = "config");
 
 }  // namespace ferry::models

@@ -8,7 +8,8 @@
 namespace ferry::nn {
 
 void Module::add_hook(const std::string& name, std::shared_ptr<ModuleHook> hook) {
-  if (find_hook(name)) throw_error<ArgumentError>("{}: a hook named '{}' is attached already", this->name(), name);
+  if (find_hook(name))
+    throw_error<ArgumentError>("{}: a hook named '{}' is attached already", this->name(), name);
   hooks_.emplace_back(name, std::move(hook));
 }
 
@@ -64,7 +65,8 @@ at::Tensor Module::stub_parameter(const std::string& name, at::IntArrayRef shape
   return register_parameter(name, weights::make_stub(shape, at::kFloat), /*requires_grad=*/false);
 }
 
-at::Tensor Module::stub_buffer(const std::string& name, at::IntArrayRef shape, at::ScalarType dtype) {
+at::Tensor Module::stub_buffer(const std::string& name, at::IntArrayRef shape,
+                               at::ScalarType dtype) {
   return register_buffer(name, weights::make_stub(shape, dtype));
 }
 
@@ -88,7 +90,8 @@ Module::HookScope::~HookScope() {
 }
 
 bool Module::HookScope::wants_outputs() const {
-  return std::any_of(hooks_.begin(), hooks_.end(), [](const auto& hook) { return hook->wants_outputs(); });
+  return std::any_of(hooks_.begin(), hooks_.end(),
+                     [](const auto& hook) { return hook->wants_outputs(); });
 }
 
 void Module::HookScope::outputs(const std::vector<at::Tensor>& tensors) {

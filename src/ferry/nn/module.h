@@ -78,7 +78,8 @@ class Ptr : public std::shared_ptr<M> {
   template <class... Args>
   decltype(auto) operator()(Args&&... args) const {
     M* module = this->get();
-    return module->call([&]() -> decltype(auto) { return module->forward(std::forward<Args>(args)...); });
+    return module->call(
+        [&]() -> decltype(auto) { return module->forward(std::forward<Args>(args)...); });
   }
 };
 
@@ -122,8 +123,8 @@ class Container : public Module {
 
 // ---- implementation ----
 
-// The tensors inside what a forward returns: a tensor, optional, pair, tuple or vector of such, or a
-// struct with `std::vector<at::Tensor> tensors() const`.
+// The tensors inside what a forward returns: a tensor, optional, pair, tuple or vector of such, or
+// a struct with `std::vector<at::Tensor> tensors() const`.
 void collect_tensors(const at::Tensor& value, std::vector<at::Tensor>& into);
 template <class T>
 void collect_tensors(const std::optional<T>& value, std::vector<at::Tensor>& into) {
@@ -143,7 +144,9 @@ void collect_tensors(const std::tuple<Ts...>& value, std::vector<at::Tensor>& in
   std::apply([&](const auto&... items) { (collect_tensors(items, into), ...); }, value);
 }
 template <class T>
-  requires requires(const T& value) { value.tensors(); }
+requires requires(const T& value) {
+  value.tensors();
+}
 void collect_tensors(const T& value, std::vector<at::Tensor>& into) {
   for (const at::Tensor& tensor : value.tensors()) collect_tensors(tensor, into);
 }

@@ -7,7 +7,9 @@
 namespace ferry::offload {
 
 namespace {
-uint64_t round_up(uint64_t value) { return (value + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment; }
+uint64_t round_up(uint64_t value) {
+  return (value + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+}
 }  // namespace
 
 Arena::Arena(uint64_t size_bytes) : buffer_(round_up(size_bytes), kAlignment) {}

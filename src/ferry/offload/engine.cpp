@@ -15,7 +15,8 @@ using Clock = std::chrono::steady_clock;
 
 // ---- Lease ----
 
-Lease::Lease(Lease&& other) noexcept : client_(std::exchange(other.client_, nullptr)), group_(other.group_) {}
+Lease::Lease(Lease&& other) noexcept
+    : client_(std::exchange(other.client_, nullptr)), group_(other.group_) {}
 
 Lease& Lease::operator=(Lease&& other) noexcept {
   if (this != &other) {
@@ -37,8 +38,9 @@ namespace {
 // A request is one kernel operation: to keep the whole arena in flight, the queue has to be as deep
 // as the budget has requests.
 io::ReadEngineOptions with_depth(io::ReadEngineOptions read, uint64_t budget) {
-  read.queue_depth = std::clamp<unsigned>(static_cast<unsigned>(std::min<uint64_t>(budget / read.request_bytes, 1024)),
-                                          read.queue_depth, 1024);
+  read.queue_depth = std::clamp<unsigned>(
+      static_cast<unsigned>(std::min<uint64_t>(budget / read.request_bytes, 1024)),
+      read.queue_depth, 1024);
   return read;
 }
 
@@ -84,7 +86,8 @@ void Engine::activate_locked(Client& client) {
 
 // ---- Client: from registration to activation ----
 
-Client::Client(Engine& engine, std::string name, std::vector<Group> groups, const ClientOptions& options)
+Client::Client(Engine& engine, std::string name, std::vector<Group> groups,
+               const ClientOptions& options)
     : engine_(engine), name_(std::move(name)), options_(options) {
   std::vector<weights::BoundSlot> small;
   for (Group& group : groups) {
@@ -130,17 +133,20 @@ Client::~Client() {
 void Client::plan_locked() {
   const uint64_t budget = engine_.options_.weights_memory_bytes;
   std::vector<GroupCost> costs;
-  for (const auto& state : states_) costs.push_back({state->name, state->size_bytes, state->arena_bytes(), state->keep_resident});
+  for (const auto& state : states_)
+    costs.push_back({state->name, state->size_bytes, state->arena_bytes(), state->keep_resident});
   const uint64_t least = engine_.held_small_ + smallest_budget(costs);
   if (budget < least) {
     throw_error<BudgetError>(
-        "{}: a weights budget of {} is too small: {} of small tensors stay in memory, and the largest group needs {}; "
+        "{}: a weights budget of {} is too small: {} of small tensors stay in memory, and the "
+        "largest group needs {}; "
         "give at least {}",
-        name_, format_bytes(budget), format_bytes(engine_.held_small_), format_bytes(smallest_budget(costs)),
-        format_bytes(least));
+        name_, format_bytes(budget), format_bytes(engine_.held_small_),
+        format_bytes(smallest_budget(costs)), format_bytes(least));
   }
   PlanOptions options{.budget_bytes = budget - engine_.held_small_};
-  if (engine_.options_.preferred_arena_bytes > 0) options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
+  if (engine_.options_.preferred_arena_bytes > 0)
+    options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
   plan_ = make_plan(costs, options);
   for (size_t i = 0; i < states_.size(); ++i) states_[i]->placement = plan_.placements[i];
 }
@@ -156,10 +162,11 @@ void Client::activate_locked() {
   if (plan_.arena_bytes > 0) arena_ = Arena(plan_.arena_bytes);
   engine_.report_.arena_bytes = plan_.arena_bytes;
   engine_.report_.resident_bytes = plan_.resident_bytes;
-  engine_.report_.peak_bytes =
-      std::max(engine_.report_.peak_bytes, engine_.held_small_ + plan_.arena_bytes + plan_.resident_bytes);
-  log::debug("{}: {} resident, {} streamed a pass through an arena of {}", name_, format_bytes(plan_.resident_bytes),
-             format_bytes(plan_.streamed_bytes), format_bytes(plan_.arena_bytes));
+  engine_.report_.peak_bytes = std::max(
+      engine_.report_.peak_bytes, engine_.held_small_ + plan_.arena_bytes + plan_.resident_bytes);
+  log::debug("{}: {} resident, {} streamed a pass through an arena of {}", name_,
+             format_bytes(plan_.resident_bytes), format_bytes(plan_.streamed_bytes),
+             format_bytes(plan_.arena_bytes));
 }
 
 void Client::deactivate_locked() noexcept {
@@ -256,7 +263,8 @@ bool Client::evict_one_locked() {
   // A group that was passed over for long will hardly be used in this pass; else the one that is
   // needed last.
   constexpr uint32_t kStale = 32;
-  auto victim = std::find_if(pending_.begin(), pending_.end(), [](const Pending& use) { return use.skipped >= kStale; });
+  auto victim = std::find_if(pending_.begin(), pending_.end(),
+                             [](const Pending& use) { return use.skipped >= kStale; });
   if (victim == pending_.end()) {
     victim = std::prev(pending_.end());
     cursor_ = victim->position;
@@ -299,7 +307,8 @@ bool Client::start_locked(State& state) {
     for (const Extent& extent : state.extents) {
       if (extent.file.get() != checked) extent.file->check_unchanged();
       checked = extent.file.get();
-      requests.push_back({extent.file, extent.offset, extent.size_bytes, extent.min_bytes, into + extent.place});
+      requests.push_back(
+          {extent.file, extent.offset, extent.size_bytes, extent.min_bytes, into + extent.place});
     }
     state.started = Clock::now();
     state.ticket = engine_.reader_->submit(std::move(requests));
@@ -316,11 +325,14 @@ void Client::start_or_evict_locked(State& state) {
     if (evict_one_locked()) continue;
     std::string leased;
     for (const auto& other : states_) {
-      if (other->leases > 0) leased += fmt::format("{}{} ({})", leased.empty() ? "" : ", ", other->name, format_bytes(other->size_bytes));
+      if (other->leases > 0)
+        leased += fmt::format("{}{} ({})", leased.empty() ? "" : ", ", other->name,
+                              format_bytes(other->size_bytes));
     }
-    throw_error<BudgetError>("{}: no room for {} ({}) in an arena of {} while these are in use: {}; give more memory",
-                             name_, state.name, format_bytes(state.arena_bytes()), format_bytes(arena_.size_bytes()),
-                             leased.empty() ? "none" : leased);
+    throw_error<BudgetError>(
+        "{}: no room for {} ({}) in an arena of {} while these are in use: {}; give more memory",
+        name_, state.name, format_bytes(state.arena_bytes()), format_bytes(arena_.size_bytes()),
+        leased.empty() ? "none" : leased);
   }
 }
 
@@ -331,7 +343,8 @@ void Client::arrive_locked(State& state) {
     const bool resident = state.placement == Placement::resident;
     std::byte* read_range = resident ? state.read_buffer.data() : arena_.at(*state.read_offset);
     std::byte* cast_range = nullptr;
-    if (state.cast_range_bytes > 0) cast_range = resident ? state.cast_buffer.data() : arena_.at(*state.cast_offset);
+    if (state.cast_range_bytes > 0)
+      cast_range = resident ? state.cast_buffer.data() : arena_.at(*state.cast_offset);
     state.make_views(read_range, cast_range);
   } catch (...) {
     drop_locked(state);
@@ -343,7 +356,9 @@ void Client::arrive_locked(State& state) {
   }
   state.ticket.reset();
   state.where = State::Where::here;
-  const bool all_cast = std::all_of(state.slots.begin(), state.slots.end(), [](const SlotPlace& slot) { return slot.cast_place.has_value(); });
+  const bool all_cast =
+      std::all_of(state.slots.begin(), state.slots.end(),
+                  [](const SlotPlace& slot) { return slot.cast_place.has_value(); });
   if (all_cast) {  // the stored bytes have served
     if (state.read_offset) arena_.release(*std::exchange(state.read_offset, std::nullopt));
     state.read_buffer = io::AlignedBuffer();
@@ -381,7 +396,8 @@ Lease Client::lease(size_t group) {
     return Lease(this, group);
   }
 
-  auto use = std::find_if(pending_.begin(), pending_.end(), [&](const Pending& entry) { return entry.group == group; });
+  auto use = std::find_if(pending_.begin(), pending_.end(),
+                          [&](const Pending& entry) { return entry.group == group; });
   const bool predicted = use != pending_.end();
   if (predicted) {
     for (auto before = pending_.begin(); before != use; ++before) ++before->skipped;
@@ -413,7 +429,8 @@ Lease Client::lease(size_t group) {
     arrive_locked(state);
     const auto ended = Clock::now();
     report.stall_seconds += std::chrono::duration<double>(ended - began).count();
-    if (Trace* trace = engine_.options_.trace) trace->complete("wait", state.name, began, ended, "waits");
+    if (Trace* trace = engine_.options_.trace)
+      trace->complete("wait", state.name, began, ended, "waits");
     state.attach();
   } else if (state.placement == Placement::streamed) {
     state.attach();

@@ -36,7 +36,8 @@ struct EngineOptions {
   uint64_t weights_memory_bytes = 0;
   // See PlanOptions. 0 keeps its default.
   uint64_t preferred_arena_bytes = 0;
-  // Slots below this stay in memory from the start: a seek for each would cost more than they weigh.
+  // Slots below this stay in memory from the start: a seek for each would cost more than they
+  // weigh.
   uint64_t small_slot_bytes = 16 << 10;
   // Off reads each group when it is leased (for tests and for measuring what reading ahead gains).
   bool read_ahead = true;
@@ -57,14 +58,14 @@ struct ClientOptions {
 struct Report {
   uint64_t bytes_read = 0;
   uint64_t leases = 0;
-  uint64_t hits = 0;    // the group was there, or on its way, when it was leased
-  uint64_t misses = 0;  // it had to be asked for
-  uint64_t dropped = 0; // read ahead and not used
-  double stall_seconds = 0;      // waiting for reads at a lease
-  uint64_t resident_bytes = 0;   // of the active component
+  uint64_t hits = 0;            // the group was there, or on its way, when it was leased
+  uint64_t misses = 0;          // it had to be asked for
+  uint64_t dropped = 0;         // read ahead and not used
+  double stall_seconds = 0;     // waiting for reads at a lease
+  uint64_t resident_bytes = 0;  // of the active component
   uint64_t arena_bytes = 0;
-  uint64_t small_bytes = 0;      // of all components
-  uint64_t peak_bytes = 0;       // the most of small + residents + arena ever held
+  uint64_t small_bytes = 0;  // of all components
+  uint64_t peak_bytes = 0;   // the most of small + residents + arena ever held
 };
 
 // Holds a group where compute happens. Move-only; may outlive neither engine nor client.
@@ -120,14 +121,15 @@ class Client {
  public:
   // Reads the small slots. Throws BudgetError if the groups cannot be streamed under the budget,
   // stating the least that would do; IoError.
-  Client(Engine& engine, std::string name, std::vector<Group> groups, const ClientOptions& options = {});
+  Client(Engine& engine, std::string name, std::vector<Group> groups,
+         const ClientOptions& options = {});
   ~Client();
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
 
-  // Waits until the group's slots hold their weights. Leases nest, also of one group. Throws IoError
-  // (a failed read, a checkpoint that changed), Cancelled, BudgetError (more is leased at once than
-  // the budget holds).
+  // Waits until the group's slots hold their weights. Leases nest, also of one group. Throws
+  // IoError (a failed read, a checkpoint that changed), Cancelled, BudgetError (more is leased at
+  // once than the budget holds).
   Lease lease(size_t group);
   // Around one run of the component (a step); what is leased between them is the order.
   void begin_pass();

@@ -14,7 +14,9 @@ namespace ferry::offload {
 
 namespace {
 
-uint64_t round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
+uint64_t round_up(uint64_t value, uint64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
 
 at::Tensor view_of(void* data, at::IntArrayRef shape, at::ScalarType dtype) {
   return at::from_blob(data, shape, at::TensorOptions().dtype(dtype));
@@ -43,7 +45,8 @@ Client::State::State(const Group& group) : name(group.name), keep_resident(group
     slot.read_bytes = source.size_bytes;
     size_bytes += bound.slot.size_bytes();
 
-    bool joins = !extents.empty() && extents.back().file == source.file && source.offset <= end + Extent::kMergeGap;
+    bool joins = !extents.empty() && extents.back().file == source.file &&
+                 source.offset <= end + Extent::kMergeGap;
     if (!joins) {
       if (!extents.empty()) read_range_bytes = extents.back().place + extents.back().size_bytes;
       extents.push_back({source.file, source.offset / Arena::kAlignment * Arena::kAlignment, 0, 0,
@@ -65,7 +68,8 @@ Client::State::State(const Group& group) : name(group.name), keep_resident(group
 }
 
 uint64_t Client::State::arena_bytes() const {
-  return round_up(read_range_bytes, Arena::kAlignment) + round_up(cast_range_bytes, Arena::kAlignment);
+  return round_up(read_range_bytes, Arena::kAlignment) +
+         round_up(cast_range_bytes, Arena::kAlignment);
 }
 
 void Client::State::make_views(std::byte* read_range, std::byte* cast_range) {

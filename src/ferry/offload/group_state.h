@@ -26,7 +26,7 @@ struct Extent {
 
 // Where a slot's bytes lie once they are here.
 struct SlotPlace {
-  at::Tensor tensor;        // the registered one
+  at::Tensor tensor;  // the registered one
   at::Tensor stub;
   at::ScalarType stored{};
   uint64_t read_place = 0;  // of its first byte in the read range
@@ -58,7 +58,7 @@ struct Client::State {
   io::ReadTicketPtr ticket;
   std::chrono::steady_clock::time_point started;    // of the reads
   std::chrono::steady_clock::time_point leased_at;  // of the outermost lease
-  std::vector<at::Tensor> views;  // one a slot while here
+  std::vector<at::Tensor> views;                    // one a slot while here
 
   explicit State(const Group& group);
   uint64_t arena_bytes() const;

@@ -41,12 +41,14 @@ Plan make_plan(const std::vector<GroupCost>& groups, const PlanOptions& options)
   const uint64_t kept = kept_bytes(groups);
   if (options.budget_bytes < kept + one) {
     throw_error<BudgetError>(
-        "a weights budget of {} is too small: the largest streamed group needs {}, and {} must stay in memory; give at "
+        "a weights budget of {} is too small: the largest streamed group needs {}, and {} must "
+        "stay in memory; give at "
         "least {} ({} to read ahead as well)",
-        format_bytes(options.budget_bytes), format_bytes(one), format_bytes(kept), format_bytes(kept + one),
-        format_bytes(kept + 2 * one));
+        format_bytes(options.budget_bytes), format_bytes(one), format_bytes(kept),
+        format_bytes(kept + one), format_bytes(kept + 2 * one));
   }
-  plan.arena_bytes = std::min(options.budget_bytes - kept, std::max(2 * one, options.preferred_arena_bytes));
+  plan.arena_bytes =
+      std::min(options.budget_bytes - kept, std::max(2 * one, options.preferred_arena_bytes));
   plan.placements.assign(groups.size(), Placement::streamed);
   plan.streamed_bytes = total;
   uint64_t spare = options.budget_bytes - plan.arena_bytes;
@@ -62,12 +64,14 @@ Plan make_plan(const std::vector<GroupCost>& groups, const PlanOptions& options)
 
   // Error diffusion: `share` of every byte should be resident; a group becomes resident when the
   // account that its bytes fill covers it.
-  const double share = static_cast<double>(spare) / static_cast<double>(std::max<uint64_t>(plan.streamed_bytes, 1));
+  const double share =
+      static_cast<double>(spare) / static_cast<double>(std::max<uint64_t>(plan.streamed_bytes, 1));
   double account = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
     if (plan.placements[i] == Placement::resident) continue;
     account += share * static_cast<double>(groups[i].size_bytes);
-    if (groups[i].size_bytes <= spare && account >= 0.5 * static_cast<double>(groups[i].size_bytes)) {
+    if (groups[i].size_bytes <= spare &&
+        account >= 0.5 * static_cast<double>(groups[i].size_bytes)) {
       keep(i);
       account -= static_cast<double>(groups[i].size_bytes);
     }

@@ -14,7 +14,8 @@ struct GroupCost {
   std::string name;
   uint64_t size_bytes = 0;   // as the parameters hold it
   uint64_t arena_bytes = 0;  // in the arena: with the over-read at both ends, and room for a cast
-  bool keep_resident = false;  // it is leased while others are: streaming it would only narrow the arena
+  bool keep_resident =
+      false;  // it is leased while others are: streaming it would only narrow the arena
 };
 
 struct Plan {
@@ -34,9 +35,10 @@ struct PlanOptions {
   uint64_t preferred_arena_bytes = 192ull << 20;
 };
 
-// Everything resident if it fits; else what must stay, an arena of at least two largest pieces (one, if there is no
-// room for two), and what is left goes to residents, spread evenly over the order so that each
-// streamed piece has compute to hide behind. Throws BudgetError stating the smallest budget.
+// Everything resident if it fits; else what must stay, an arena of at least two largest pieces
+// (one, if there is no room for two), and what is left goes to residents, spread evenly over the
+// order so that each streamed piece has compute to hide behind. Throws BudgetError stating the
+// smallest budget.
 Plan make_plan(const std::vector<GroupCost>& groups, const PlanOptions& options);
 
 // The least budget that make_plan() accepts.

@@ -38,8 +38,8 @@ bool is_ascii(const std::string& text) {
 }
 
 // ---- PNG ----
-// libpng reports errors by longjmp: between setjmp and the last call of libpng in a function there are
-// no objects with destructors.
+// libpng reports errors by longjmp: between setjmp and the last call of libpng in a function there
+// are no objects with destructors.
 
 struct PngMessage {
   char text[256] = "";
@@ -65,19 +65,21 @@ void append_png_bytes(png_structp png, png_bytep data, size_t size) {
 }
 
 // Returns false with the message set if libpng failed.
-bool write_png(const Image& image, std::vector<png_bytep>& rows, std::vector<png_text>& chunks, std::string& out,
-               PngMessage& message) {
-  png_structp png = png_create_write_struct(PNG_LIBPNG_VER_STRING, &message, on_png_error, on_png_warning);
+bool write_png(const Image& image, std::vector<png_bytep>& rows, std::vector<png_text>& chunks,
+               std::string& out, PngMessage& message) {
+  png_structp png =
+      png_create_write_struct(PNG_LIBPNG_VER_STRING, &message, on_png_error, on_png_warning);
   png_infop info = png ? png_create_info_struct(png) : nullptr;
   if (!info || setjmp(png_jmpbuf(png))) {
     png_destroy_write_struct(&png, &info);
     return false;
   }
   png_set_write_fn(png, &out, append_png_bytes, [](png_structp) {});
-  int color = image.channels == 1 ? PNG_COLOR_TYPE_GRAY : image.channels == 3 ? PNG_COLOR_TYPE_RGB
-                                                                               : PNG_COLOR_TYPE_RGB_ALPHA;
-  png_set_IHDR(png, info, image.width, image.height, 8, color, PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT,
-               PNG_FILTER_TYPE_DEFAULT);
+  int color = image.channels == 1   ? PNG_COLOR_TYPE_GRAY
+              : image.channels == 3 ? PNG_COLOR_TYPE_RGB
+                                    : PNG_COLOR_TYPE_RGB_ALPHA;
+  png_set_IHDR(png, info, image.width, image.height, 8, color, PNG_INTERLACE_NONE,
+               PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
   if (!chunks.empty()) png_set_text(png, info, chunks.data(), static_cast<int>(chunks.size()));
   png_set_rows(png, info, rows.data());
   png_write_png(png, info, PNG_TRANSFORM_IDENTITY, nullptr);
@@ -90,7 +92,8 @@ std::string encode_png(const Image& image, const SaveOptions& options, const std
   std::vector<png_text> chunks;
   for (auto& [keyword, value] : text) {
     if (keyword.empty() || keyword.size() > 79 || !is_ascii(keyword)) {
-      throw_error<ArgumentError>("{}: text keyword \"{}\": expected 1 to 79 ASCII characters", where, keyword);
+      throw_error<ArgumentError>("{}: text keyword \"{}\": expected 1 to 79 ASCII characters",
+                                 where, keyword);
     }
     png_text chunk{};
     // tEXt is Latin-1; anything beyond ASCII goes into iTXt, which is UTF-8.
@@ -103,10 +106,12 @@ std::string encode_png(const Image& image, const SaveOptions& options, const std
   }
   std::vector<png_bytep> rows(image.height);
   size_t stride = static_cast<size_t>(image.width) * image.channels;
-  for (int y = 0; y < image.height; ++y) rows[y] = const_cast<png_bytep>(image.pixels.data() + y * stride);
+  for (int y = 0; y < image.height; ++y)
+    rows[y] = const_cast<png_bytep>(image.pixels.data() + y * stride);
   std::string out;
   PngMessage message;
-  if (!write_png(image, rows, chunks, out, message)) throw_error<Error>("{}: cannot encode PNG: {}", where, message.text);
+  if (!write_png(image, rows, chunks, out, message))
+    throw_error<Error>("{}: cannot encode PNG: {}", where, message.text);
   return out;
 }
 
@@ -198,7 +203,8 @@ bool write_jpeg(const Image& image, int quality, const std::string& comment, uns
 
 std::string encode_jpeg(const Image& image, const SaveOptions& options, const std::string& where) {
   if (image.channels == 4) {
-    throw_error<ArgumentError>("{}: JPEG has no transparency; save the RGBA picture as PNG or WebP", where);
+    throw_error<ArgumentError>("{}: JPEG has no transparency; save the RGBA picture as PNG or WebP",
+                               where);
   }
   std::string comment;
   for (const auto& [keyword, value] : options.text) comment += keyword + ": " + value + "\n";
@@ -227,13 +233,14 @@ std::string encode_webp(const Image& image, const SaveOptions& options, const st
   }
   uint8_t* data = nullptr;
   auto encode = source->channels == 4 ? WebPEncodeRGBA : WebPEncodeRGB;
-  size_t size = encode(source->pixels.data(), source->width, source->height, source->width * source->channels,
-                       static_cast<float>(options.quality), &data);
+  size_t size =
+      encode(source->pixels.data(), source->width, source->height, source->width * source->channels,
+             static_cast<float>(options.quality), &data);
   std::string out(reinterpret_cast<const char*>(data), size);
   WebPFree(data);
   if (size == 0) {
-    throw_error<Error>("{}: cannot encode WebP of {} x {} (its limit is {} a side)", where, image.width, image.height,
-                       WEBP_MAX_DIMENSION);
+    throw_error<Error>("{}: cannot encode WebP of {} x {} (its limit is {} a side)", where,
+                       image.width, image.height, WEBP_MAX_DIMENSION);
   }
   return out;
 }
@@ -241,29 +248,40 @@ std::string encode_webp(const Image& image, const SaveOptions& options, const st
 
 }  // namespace
 
-at::Tensor denormalize(const at::Tensor& images) { return (images * 0.5 + 0.5).clamp(0, 1); }
+at::Tensor denormalize(const at::Tensor& images) {
+  return (images * 0.5 + 0.5).clamp(0, 1);
+}
 
 std::vector<Image> images_from_tensor(const at::Tensor& images, bool do_denormalize) {
   at::Tensor batch = images.dim() == 3 ? images.unsqueeze(0) : images;
   if (batch.dim() != 4 || !batch.is_floating_point() ||
-      (batch.size(1) != 1 && batch.size(1) != 3 && batch.size(1) != 4) || batch.size(2) == 0 || batch.size(3) == 0) {
-    throw_error<ArgumentError>("a picture from a tensor: got {} of shape {}, expected floating point [batch, 1, 3 or 4, "
-                               "height, width]", c10::toString(images.scalar_type()), fmt::format("{}", fmt::join(images.sizes(), " x ")));
+      (batch.size(1) != 1 && batch.size(1) != 3 && batch.size(1) != 4) || batch.size(2) == 0 ||
+      batch.size(3) == 0) {
+    throw_error<ArgumentError>(
+        "a picture from a tensor: got {} of shape {}, expected floating point [batch, 1, 3 or 4, "
+        "height, width]",
+        c10::toString(images.scalar_type()), fmt::format("{}", fmt::join(images.sizes(), " x ")));
   }
   int64_t nan_count = batch.isnan().sum().item<int64_t>();
   if (nan_count > 0) {
-    throw_error<Error>("the picture has {} NaN values of {}: a model overflowed or read a broken weight. Try another "
-                       "dtype for the decoder (vae=fp32) and check the files", nan_count, batch.numel());
+    throw_error<Error>(
+        "the picture has {} NaN values of {}: a model overflowed or read a broken weight. Try "
+        "another "
+        "dtype for the decoder (vae=fp32) and check the files",
+        nan_count, batch.numel());
   }
   if (do_denormalize) batch = denormalize(batch);
-  batch = batch.to(at::kCPU).permute({0, 2, 3, 1}).to(at::kFloat);  // [batch, height, width, channels]
+  batch =
+      batch.to(at::kCPU).permute({0, 2, 3, 1}).to(at::kFloat);  // [batch, height, width, channels]
   // Outside 0..1 Python wraps around; a clamp is what is meant.
   at::Tensor bytes = (batch * 255).round().clamp(0, 255).to(at::kByte).contiguous();
   std::vector<Image> result;
   for (int64_t i = 0; i < bytes.size(0); ++i) {
     at::Tensor one = bytes[i];
     const uint8_t* data = one.const_data_ptr<uint8_t>();
-    result.push_back({static_cast<int>(one.size(1)), static_cast<int>(one.size(0)), static_cast<int>(one.size(2)),
+    result.push_back({static_cast<int>(one.size(1)),
+                      static_cast<int>(one.size(0)),
+                      static_cast<int>(one.size(2)),
                       {data, data + one.numel()}});
   }
   return result;
@@ -282,20 +300,24 @@ void check_image_extension(const std::filesystem::path& path) {
 #ifdef FERRY_WITH_WEBP
     return;
 #else
-    throw_error<ArgumentError>("{}: this ferry was built without webp (FERRY_WITH_WEBP); save as .png or .jpg",
-                               path.string());
+    throw_error<ArgumentError>(
+        "{}: this ferry was built without webp (FERRY_WITH_WEBP); save as .png or .jpg",
+        path.string());
 #endif
   }
-  throw_error<ArgumentError>("{}: a picture is saved as .png, .jpg or .webp, got \"{}\"", path.string(), extension);
+  throw_error<ArgumentError>("{}: a picture is saved as .png, .jpg or .webp, got \"{}\"",
+                             path.string(), extension);
 }
 
 void save_image(const Image& image, const std::filesystem::path& path, const SaveOptions& options) {
   check_image_extension(path);
   std::string where = path.string();
-  if (image.width < 1 || image.height < 1 || (image.channels != 1 && image.channels != 3 && image.channels != 4) ||
+  if (image.width < 1 || image.height < 1 ||
+      (image.channels != 1 && image.channels != 3 && image.channels != 4) ||
       image.pixels.size() != static_cast<size_t>(image.width) * image.height * image.channels) {
-    throw_error<ArgumentError>("{}: cannot save a picture of {} x {} with {} channels and {} bytes", where, image.width,
-                               image.height, image.channels, image.pixels.size());
+    throw_error<ArgumentError>("{}: cannot save a picture of {} x {} with {} channels and {} bytes",
+                               where, image.width, image.height, image.channels,
+                               image.pixels.size());
   }
   if (options.quality < 1 || options.quality > 100) {
     throw_error<ArgumentError>("{}: quality: got {}, expected 1 to 100", where, options.quality);
@@ -323,7 +345,8 @@ Image load_png(const std::filesystem::path& path, Text* text) {
   PngMessage message;
   PngSource source{&bytes};
   PngReader reader;
-  reader.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &message, on_png_error, on_png_warning);
+  reader.png =
+      png_create_read_struct(PNG_LIBPNG_VER_STRING, &message, on_png_error, on_png_warning);
   reader.info = reader.png ? png_create_info_struct(reader.png) : nullptr;
   if (!reader.info) throw_error<Error>("{}: libpng does not start", where);
   png_set_user_limits(reader.png, 1 << 16, 1 << 16);
@@ -337,18 +360,20 @@ Image load_png(const std::filesystem::path& path, Text* text) {
   size_t stride = png_get_rowbytes(reader.png, reader.info);
   if (stride != static_cast<size_t>(image.width) * image.channels || image.channels == 2 ||
       stride * image.height > (size_t{1} << 30)) {
-    throw_error<FormatError>("{}: a PNG of {} x {} with {} channels is not supported", where, image.width,
-                             image.height, image.channels);
+    throw_error<FormatError>("{}: a PNG of {} x {} with {} channels is not supported", where,
+                             image.width, image.height, image.channels);
   }
   image.pixels.resize(stride * image.height);
   std::vector<png_bytep> rows(image.height);
   for (int y = 0; y < image.height; ++y) rows[y] = image.pixels.data() + y * stride;
-  if (!read_png_rows(reader, rows.data())) throw_error<FormatError>("{}: broken PNG: {}", where, message.text);
+  if (!read_png_rows(reader, rows.data()))
+    throw_error<FormatError>("{}: broken PNG: {}", where, message.text);
   if (text) {
     png_textp chunks = nullptr;
     int count = 0;
     png_get_text(reader.png, reader.info, &chunks, &count);
-    for (int i = 0; i < count; ++i) text->emplace_back(chunks[i].key, chunks[i].text ? chunks[i].text : "");
+    for (int i = 0; i < count; ++i)
+      text->emplace_back(chunks[i].key, chunks[i].text ? chunks[i].text : "");
   }
   return image;
 }

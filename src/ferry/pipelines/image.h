@@ -34,17 +34,20 @@ at::Tensor tensor_from_image(const Image& image);
 struct SaveOptions {
   // JPEG and WebP, 1 to 100.
   int quality = 95;
-  // UTF-8 keywords and texts. PNG: text chunks, in this order. JPEG: one comment. WebP: not written.
+  // UTF-8 keywords and texts. PNG: text chunks, in this order. JPEG: one comment. WebP: not
+  // written.
   std::vector<std::pair<std::string, std::string>> text = {};
 };
 
 // Writes .png, .jpg, .jpeg or .webp (any case), whole or not at all. Throws ArgumentError (another
 // extension, RGBA as JPEG, a picture without pixels, WebP in a build without it), IoError.
-void save_image(const Image& image, const std::filesystem::path& path, const SaveOptions& options = {});
+void save_image(const Image& image, const std::filesystem::path& path,
+                const SaveOptions& options = {});
 // Throws save_image()'s ArgumentError for an extension, before any work is done for the picture.
 void check_image_extension(const std::filesystem::path& path);
 
 // Reads a PNG of any kind as 8 bits; `text` receives its text chunks. Throws IoError, FormatError.
-Image load_png(const std::filesystem::path& path, std::vector<std::pair<std::string, std::string>>* text = nullptr);
+Image load_png(const std::filesystem::path& path,
+               std::vector<std::pair<std::string, std::string>>* text = nullptr);
 
 }  // namespace ferry::pipelines

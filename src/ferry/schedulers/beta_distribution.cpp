@@ -7,7 +7,9 @@ namespace ferry::schedulers {
 
 namespace {
 
-double log_beta(double a, double b) { return std::lgamma(a) + std::lgamma(b) - std::lgamma(a + b); }
+double log_beta(double a, double b) {
+  return std::lgamma(a) + std::lgamma(b) - std::lgamma(a + b);
+}
 
 // The continued fraction of I_x(a, b) (DLMF 8.17.22), by Lentz's method. Converges fast for
 // x < (a + 1) / (a + b + 2).
@@ -64,7 +66,8 @@ double beta_cdf(double x, double a, double b) {
 }
 
 double beta_ppf(double p, double a, double b) {
-  if (!(p >= 0.0 && p <= 1.0 && a > 0.0 && b > 0.0)) return std::numeric_limits<double>::quiet_NaN();
+  if (!(p >= 0.0 && p <= 1.0 && a > 0.0 && b > 0.0))
+    return std::numeric_limits<double>::quiet_NaN();
   if (p == 0.0) return 0.0;
   if (p == 1.0) return 1.0;
   // Each end is solved from its own side, where the distribution function keeps its digits.

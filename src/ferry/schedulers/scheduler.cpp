@@ -10,7 +10,8 @@ namespace ferry::schedulers {
 const std::vector<SchedulerClass>& scheduler_classes() {
   static const std::vector<SchedulerClass> classes = {
       {"FlowMatchEulerDiscreteScheduler",
-       [](const nlohmann::ordered_json& config, const std::string& where) -> std::unique_ptr<Scheduler> {
+       [](const nlohmann::ordered_json& config,
+          const std::string& where) -> std::unique_ptr<Scheduler> {
          return std::make_unique<FlowMatchEulerDiscreteScheduler>(
              models::config_from_json<FlowMatchEulerDiscreteConfig>(config, where));
        }},
@@ -18,17 +19,20 @@ const std::vector<SchedulerClass>& scheduler_classes() {
   return classes;
 }
 
-std::unique_ptr<Scheduler> make_scheduler(const std::string& class_name, const nlohmann::ordered_json& config,
+std::unique_ptr<Scheduler> make_scheduler(const std::string& class_name,
+                                          const nlohmann::ordered_json& config,
                                           const std::string& where) {
   std::string known;
   for (const SchedulerClass& entry : scheduler_classes()) {
     if (entry.name == class_name) return entry.make(config, where);
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
-  throw_error<ArgumentError>("{}: ferry has no scheduler \"{}\"; it has: {}", where, class_name, known);
+  throw_error<ArgumentError>("{}: ferry has no scheduler \"{}\"; it has: {}", where, class_name,
+                             known);
 }
 
-std::unique_ptr<Scheduler> load_scheduler(const std::filesystem::path& folder_or_file, const std::string& class_name) {
+std::unique_ptr<Scheduler> load_scheduler(const std::filesystem::path& folder_or_file,
+                                          const std::string& class_name) {
   std::filesystem::path file = folder_or_file;
   if (std::filesystem::is_directory(file)) file /= "scheduler_config.json";
   nlohmann::ordered_json config = nlohmann::ordered_json::parse(io::read_json_object(file).dump());
@@ -36,7 +40,8 @@ std::unique_ptr<Scheduler> load_scheduler(const std::filesystem::path& folder_or
   if (name.empty()) {
     auto it = config.find("_class_name");
     if (it == config.end() || !it->is_string()) {
-      throw_error<FormatError>("{}: expected a key \"_class_name\" that names the scheduler's class", file.string());
+      throw_error<FormatError>(
+          "{}: expected a key \"_class_name\" that names the scheduler's class", file.string());
     }
     name = it->get<std::string>();
   }
@@ -46,7 +51,8 @@ std::unique_ptr<Scheduler> load_scheduler(const std::filesystem::path& folder_or
 void Scheduler::save_pretrained(const std::filesystem::path& folder) const {
   std::error_code error;
   std::filesystem::create_directories(folder, error);
-  if (error) throw_error<IoError>("{}: cannot create the folder: {}", folder.string(), error.message());
+  if (error)
+    throw_error<IoError>("{}: cannot create the folder: {}", folder.string(), error.message());
   // Through the sorted json type: Python writes sorted keys.
   nlohmann::json sorted = nlohmann::json::parse(config_json().dump());
   io::write_file(folder / "scheduler_config.json", sorted.dump(2) + "\n");

@@ -30,7 +30,8 @@ struct TimestepArguments {
 
 // The arguments of step() besides model output, timestep and sample.
 struct StepArguments {
-  // For schedulers that add noise: one, or one for each sample of the batch; none is torch's default.
+  // For schedulers that add noise: one, or one for each sample of the batch; none is torch's
+  // default.
   std::vector<tensor::Generator> generators = {};
   // Taken instead of drawn noise: the shape of the sample.
   std::optional<at::Tensor> noise = std::nullopt;
@@ -70,8 +71,8 @@ class Scheduler {
 
   // Which step comes next; unset until the first step() after set_timesteps().
   virtual std::optional<int64_t> step_index() const = 0;
-  // Where in the schedule sampling begins (image to image); pipelines set it so that step() need not
-  // look for the timestep. set_timesteps() unsets it.
+  // Where in the schedule sampling begins (image to image); pipelines set it so that step() need
+  // not look for the timestep. set_timesteps() unsets it.
   virtual std::optional<int64_t> begin_index() const = 0;
   virtual void set_begin_index(int64_t begin_index) = 0;
 
@@ -82,16 +83,20 @@ class Scheduler {
 // The registry: an explicit table in scheduler.cpp, a line a class.
 struct SchedulerClass {
   std::string_view name;
-  std::function<std::unique_ptr<Scheduler>(const nlohmann::ordered_json& config, const std::string& where)> make;
+  std::function<std::unique_ptr<Scheduler>(const nlohmann::ordered_json& config,
+                                           const std::string& where)>
+      make;
 };
 const std::vector<SchedulerClass>& scheduler_classes();
 
-// Throws ArgumentError (a class ferry does not have, naming those it has), FormatError (a bad config).
-std::unique_ptr<Scheduler> make_scheduler(const std::string& class_name, const nlohmann::ordered_json& config,
+// Throws ArgumentError (a class ferry does not have, naming those it has), FormatError (a bad
+// config).
+std::unique_ptr<Scheduler> make_scheduler(const std::string& class_name,
+                                          const nlohmann::ordered_json& config,
                                           const std::string& where = "config");
 
-// Reads scheduler_config.json of a folder, or the file itself. `class_name` overrides `_class_name`.
-// Throws as make_scheduler(), and IoError.
+// Reads scheduler_config.json of a folder, or the file itself. `class_name` overrides
+// `_class_name`. Throws as make_scheduler(), and IoError.
 std::unique_ptr<Scheduler> load_scheduler(const std::filesystem::path& folder_or_file,
                                           const std::string& class_name = "");
 

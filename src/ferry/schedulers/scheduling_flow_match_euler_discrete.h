@@ -49,21 +49,22 @@ struct FlowMatchEulerDiscreteConfig : models::ConfigBase {
 
 class FlowMatchEulerDiscreteScheduler : public Scheduler {
  public:
-  // Throws ArgumentError for more than one of karras, exponential and beta sigmas, and for an unknown
-  // time_shift_type.
+  // Throws ArgumentError for more than one of karras, exponential and beta sigmas, and for an
+  // unknown time_shift_type.
   explicit FlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteConfig config = {});
 
   std::string class_name() const override { return "FlowMatchEulerDiscreteScheduler"; }
   nlohmann::ordered_json config_json() const override;
   const FlowMatchEulerDiscreteConfig& config() const { return config_; }
 
-  // `sigmas` are shifted; `timesteps` are taken as given, and without sigmas these follow from them.
+  // `sigmas` are shifted; `timesteps` are taken as given, and without sigmas these follow from
+  // them.
   void set_timesteps(const TimestepArguments& arguments) override;
-  // Tensors: per_token_timesteps ([batch, tokens], then sample is [batch, tokens, channels] and stays
-  // float32). Values: s_churn, s_tmin, s_tmax, s_noise, which have no effect, as in Python. Otherwise
-  // the result has the model output's dtype; it is computed in float32.
-  at::Tensor step(const at::Tensor& model_output, const at::Tensor& timestep, const at::Tensor& sample,
-                  const StepArguments& arguments = {}) override;
+  // Tensors: per_token_timesteps ([batch, tokens], then sample is [batch, tokens, channels] and
+  // stays float32). Values: s_churn, s_tmin, s_tmax, s_noise, which have no effect, as in Python.
+  // Otherwise the result has the model output's dtype; it is computed in float32.
+  at::Tensor step(const at::Tensor& model_output, const at::Tensor& timestep,
+                  const at::Tensor& sample, const StepArguments& arguments = {}) override;
   at::Tensor scale_noise(const at::Tensor& sample, const at::Tensor& timestep,
                          const at::Tensor& noise) override;
 
@@ -79,10 +80,11 @@ class FlowMatchEulerDiscreteScheduler : public Scheduler {
   double sigma_min() const { return sigma_min_; }
   double sigma_max() const { return sigma_max_; }
 
-  // Where `timestep` lies in timesteps(); of several, the second, so that sampling that starts in the
-  // middle skips no sigma. Throws ArgumentError if it is not there. Waits for the device.
+  // Where `timestep` lies in timesteps(); of several, the second, so that sampling that starts in
+  // the middle skips no sigma. Throws ArgumentError if it is not there. Waits for the device.
   int64_t index_for_timestep(const at::Tensor& timestep) const;
-  // exp(mu) / (exp(mu) + (1/t - 1)^sigma), or the same with mu for exp(mu) where shifting is linear.
+  // exp(mu) / (exp(mu) + (1/t - 1)^sigma), or the same with mu for exp(mu) where shifting is
+  // linear.
   at::Tensor time_shift(double mu, double sigma, const at::Tensor& t) const;
   // Stretches the schedule so that it ends at shift_terminal.
   at::Tensor stretch_shift_to_terminal(const at::Tensor& t) const;

@@ -33,13 +33,14 @@ std::optional<T> take(nlohmann::json& json, const char* key) {
 
 }  // namespace
 
-NamedTensors run_trajectory(Scheduler& scheduler, const NamedTensors& inputs, std::optional<int64_t> steps,
-                            const nlohmann::json& arguments) {
-  static constexpr std::array<const char*, 6> known = {"model_outputs", "sample", "noise",
-                                                       "timesteps",     "sigmas", "per_token_timesteps"};
+NamedTensors run_trajectory(Scheduler& scheduler, const NamedTensors& inputs,
+                            std::optional<int64_t> steps, const nlohmann::json& arguments) {
+  static constexpr std::array<const char*, 6> known = {
+      "model_outputs", "sample", "noise", "timesteps", "sigmas", "per_token_timesteps"};
   for (const auto& [name, tensor] : inputs) {
     if (std::find(known.begin(), known.end(), name) == known.end()) {
-      throw_error<ArgumentError>("unknown input \"{}\"; a schedule takes {}", name, fmt::join(known, ", "));
+      throw_error<ArgumentError>("unknown input \"{}\"; a schedule takes {}", name,
+                                 fmt::join(known, ", "));
     }
   }
   auto input = [&](const char* name) {
@@ -49,14 +50,18 @@ NamedTensors run_trajectory(Scheduler& scheduler, const NamedTensors& inputs, st
   at::Tensor outputs = input("model_outputs"), sample = input("sample"), noise = input("noise");
   at::Tensor per_token = input("per_token_timesteps");
   if (outputs.defined() != sample.defined()) {
-    throw_error<ArgumentError>("got the input \"{}\" alone; a trajectory needs \"model_outputs\" [n, ...] and "
-                               "\"sample\" [...]", outputs.defined() ? "model_outputs" : "sample");
+    throw_error<ArgumentError>(
+        "got the input \"{}\" alone; a trajectory needs \"model_outputs\" [n, ...] and "
+        "\"sample\" [...]",
+        outputs.defined() ? "model_outputs" : "sample");
   }
   int64_t count = outputs.defined() ? outputs.dim() > 0 ? outputs.size(0) : 0 : 0;
-  for (const auto& [name, tensor] : {std::pair{"noise", noise}, {"per_token_timesteps", per_token}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"noise", noise}, {"per_token_timesteps", per_token}}) {
     if (tensor.defined() && (tensor.dim() == 0 || tensor.size(0) < count)) {
-      throw_error<ArgumentError>("input \"{}\": got {} entries, expected one for each of the {} model outputs", name,
-                                 tensor.dim() == 0 ? 0 : tensor.size(0), count);
+      throw_error<ArgumentError>(
+          "input \"{}\": got {} entries, expected one for each of the {} model outputs", name,
+          tensor.dim() == 0 ? 0 : tensor.size(0), count);
     }
   }
 
@@ -77,24 +82,28 @@ NamedTensors run_trajectory(Scheduler& scheduler, const NamedTensors& inputs, st
   NamedTensors result = {
       {"timesteps", scheduler.timesteps()},
       {"sigmas", scheduler.sigmas()},
-      {"init_noise_sigma", at::scalar_tensor(scheduler.init_noise_sigma(), at::TensorOptions().dtype(at::kFloat))},
+      {"init_noise_sigma",
+       at::scalar_tensor(scheduler.init_noise_sigma(), at::TensorOptions().dtype(at::kFloat))},
   };
   if (!outputs.defined()) return result;
 
   int64_t first = begin_index.value_or(0);
   if (first < 0 || first + count > scheduler.timesteps().numel()) {
-    throw_error<ArgumentError>("input \"model_outputs\": got {} from step {} on, expected at most the {} steps of the "
-                               "schedule", count, first, scheduler.timesteps().numel());
+    throw_error<ArgumentError>(
+        "input \"model_outputs\": got {} from step {} on, expected at most the {} steps of the "
+        "schedule",
+        count, first, scheduler.timesteps().numel());
   }
   StepArguments step_arguments;
   step_arguments.values = values;
-  if (seed) step_arguments.generators = {tensor::Generator().manual_seed(static_cast<uint64_t>(*seed))};
+  if (seed)
+    step_arguments.generators = {tensor::Generator().manual_seed(static_cast<uint64_t>(*seed))};
   std::vector<at::Tensor> samples = {sample};
   for (int64_t i = 0; i < count; ++i) {
     if (noise.defined()) step_arguments.noise = noise[i];
     if (per_token.defined()) step_arguments.tensors["per_token_timesteps"] = per_token[i];
-    samples.push_back(
-        scheduler.step(outputs[i], scheduler.timesteps()[first + i], samples.back(), step_arguments));
+    samples.push_back(scheduler.step(outputs[i], scheduler.timesteps()[first + i], samples.back(),
+                                     step_arguments));
   }
   result["trajectory"] = at::stack(samples);
   return result;

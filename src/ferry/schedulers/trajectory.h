@@ -18,7 +18,8 @@ using NamedTensors = std::map<std::string, at::Tensor>;
 // Arguments: `mu`, `begin_index`, `seed` (of the generator that step() draws from), and those of
 // step(). Outputs: `timesteps`, `sigmas`, `init_noise_sigma`, `trajectory` [n + 1, ...], the sample
 // first. Throws ArgumentError for inputs that are unknown, missing or of unequal length.
-NamedTensors run_trajectory(Scheduler& scheduler, const NamedTensors& inputs, std::optional<int64_t> steps,
+NamedTensors run_trajectory(Scheduler& scheduler, const NamedTensors& inputs,
+                            std::optional<int64_t> steps,
                             const nlohmann::json& arguments = nlohmann::json::object());
 
 }  // namespace ferry::schedulers

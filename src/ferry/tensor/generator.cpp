@@ -14,9 +14,12 @@ namespace {
 at::Generator new_generator(at::Device device) {
   if (device.is_cpu()) return at::make_generator<at::CPUGeneratorImpl>();
   try {
-    return at::globalContext().getAcceleratorHooksInterface(device.type()).getNewGenerator(device.index());
+    return at::globalContext()
+        .getAcceleratorHooksInterface(device.type())
+        .getNewGenerator(device.index());
   } catch (const c10::Error& error) {
-    throw_error<DeviceError>("a random generator on {}: {}", device.str(), error.what_without_backtrace());
+    throw_error<DeviceError>("a random generator on {}: {}", device.str(),
+                             error.what_without_backtrace());
   }
 }
 
@@ -62,8 +65,10 @@ at::Tensor randn_tensor(at::IntArrayRef shape, const std::vector<Generator>& gen
     at::Device have = generators.front().device();
     if (have.type() != device.type()) {
       if (!have.is_cpu()) {
-        throw_error<ArgumentError>("randn_tensor: cannot make a tensor on {} with a generator on {}; use one on the "
-                                   "CPU, or one on {}", device.str(), have.str(), device.str());
+        throw_error<ArgumentError>(
+            "randn_tensor: cannot make a tensor on {} with a generator on {}; use one on the "
+            "CPU, or one on {}",
+            device.str(), have.str(), device.str());
       }
       draw_device = have;
     }
@@ -75,13 +80,16 @@ at::Tensor randn_tensor(at::IntArrayRef shape, const std::vector<Generator>& gen
     return at::randn(shape, generator, options).to(device);
   }
   if (shape.empty() || static_cast<int64_t>(generators.size()) < shape[0]) {
-    throw_error<ArgumentError>("randn_tensor: got {} generators for a batch of {}; pass one generator, or one for each "
-                               "sample", generators.size(), shape.empty() ? 0 : shape[0]);
+    throw_error<ArgumentError>(
+        "randn_tensor: got {} generators for a batch of {}; pass one generator, or one for each "
+        "sample",
+        generators.size(), shape.empty() ? 0 : shape[0]);
   }
   std::vector<int64_t> sample_shape = shape.vec();
   sample_shape[0] = 1;
   std::vector<at::Tensor> samples;
-  for (int64_t i = 0; i < shape[0]; ++i) samples.push_back(at::randn(sample_shape, generators[i].impl(), options));
+  for (int64_t i = 0; i < shape[0]; ++i)
+    samples.push_back(at::randn(sample_shape, generators[i].impl(), options));
   if (samples.empty()) return at::empty(shape, options).to(device);
   return at::cat(samples, 0).to(device);
 }

@@ -16,9 +16,9 @@
 namespace ferry::testing {
 
 struct ModelCase {
-  std::string name;                // letters and digits: part of the test's name
-  std::filesystem::path folder;    // config.json and weights
-  std::filesystem::path inputs;    // safetensors, named as the forward's arguments
+  std::string name;              // letters and digits: part of the test's name
+  std::filesystem::path folder;  // config.json and weights
+  std::filesystem::path inputs;  // safetensors, named as the forward's arguments
   std::string method = "forward";
   nlohmann::json arguments = nlohmann::json::object();
 
@@ -27,8 +27,10 @@ struct ModelCase {
     auto checkpoint = weights::Checkpoint::open_file(inputs);
     for (const auto& stored : checkpoint->tensors()) {
       at::Tensor tensor = weights::read_stored(stored);
-      const bool exact = stored.key.ends_with("_ids") || stored.key == "timestep" || stored.key == "guidance";
-      tensors[stored.key] = dtype && !exact && at::isFloatingType(tensor.scalar_type()) ? tensor.to(*dtype) : tensor;
+      const bool exact =
+          stored.key.ends_with("_ids") || stored.key == "timestep" || stored.key == "guidance";
+      tensors[stored.key] =
+          dtype && !exact && at::isFloatingType(tensor.scalar_type()) ? tensor.to(*dtype) : tensor;
     }
     return tensors;
   }
@@ -48,7 +50,8 @@ class TemporaryFolder {
  public:
   TemporaryFolder() {
     static std::atomic<int> count = 0;
-    path_ = std::filesystem::temp_directory_path() / ("ferry-suite-" + std::to_string(::getpid()) + "-" + std::to_string(count++));
+    path_ = std::filesystem::temp_directory_path() /
+            ("ferry-suite-" + std::to_string(::getpid()) + "-" + std::to_string(count++));
     std::filesystem::create_directories(path_);
   }
   ~TemporaryFolder() { std::filesystem::remove_all(path_); }

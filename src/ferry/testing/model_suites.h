@@ -15,7 +15,9 @@
 
 namespace ferry::testing {
 
-inline std::string case_name(const ::testing::TestParamInfo<ModelCase>& info) { return info.param.name; }
+inline std::string case_name(const ::testing::TestParamInfo<ModelCase>& info) {
+  return info.param.name;
+}
 
 inline void expect_equal(const models::NamedTensors& got, const models::NamedTensors& expected) {
   ASSERT_EQ(got.size(), expected.size());
@@ -36,7 +38,8 @@ TEST_P(ModelTester, ConfigRoundTrips) {
   config["a_key_of_the_future"] = {1, "two"};
   auto again = models::make_model(model->class_name(), config);
   // Keys may change their order.
-  EXPECT_EQ(nlohmann::json::parse(again->config_json().dump()), nlohmann::json::parse(config.dump()));
+  EXPECT_EQ(nlohmann::json::parse(again->config_json().dump()),
+            nlohmann::json::parse(config.dump()));
 }
 
 TEST_P(ModelTester, IsDeterministic) {
@@ -82,7 +85,8 @@ TEST_P(ModelTester, TellsAllMissingAndUnexpectedKeysAtOnce) {
   entries.push_back({"nobody.knows.this", io::Dtype::F32, {1}});
   values.push_back(at::zeros({1}));
   io::SafetensorsWriter writer(path, entries);
-  for (const at::Tensor& value : values) writer.write({static_cast<const std::byte*>(value.const_data_ptr()), value.nbytes()});
+  for (const at::Tensor& value : values)
+    writer.write({static_cast<const std::byte*>(value.const_data_ptr()), value.nbytes()});
   writer.finish();
   try {
     models::load_model(folder.path());
@@ -99,7 +103,8 @@ TEST_P(ModelTester, WithoutWeightsTheOutputIsLoud) {
   auto loaded = GetParam().load();
   auto model = models::make_model(loaded->class_name(), loaded->config_json());
   for (const auto& [name, tensor] : GetParam().run(*model)) {
-    if (at::isFloatingType(tensor.scalar_type())) EXPECT_TRUE(at::isnan(tensor).any().item<bool>()) << name;
+    if (at::isFloatingType(tensor.scalar_type()))
+      EXPECT_TRUE(at::isnan(tensor).any().item<bool>()) << name;
   }
 }
 
@@ -129,8 +134,9 @@ TEST_P(MemoryTester, StreamedEqualsResidentBitForBit) {
         auto shared = engine(budget, 64 << 10);
         std::shared_ptr<hooks::GroupOffloading> offloading;
         try {
-          offloading = hooks::apply_group_offloading(*model, model->binding(), shared,
-                                                     {.offload_type = type, .gather_embeddings = gather});
+          offloading =
+              hooks::apply_group_offloading(*model, model->binding(), shared,
+                                            {.offload_type = type, .gather_embeddings = gather});
         } catch (const BudgetError&) {
           continue;  // one block, or the rest, is larger than this budget
         }
@@ -146,11 +152,13 @@ TEST_P(MemoryTester, StreamedEqualsResidentBitForBit) {
 TEST_P(MemoryTester, ParametersKeepTheirIdentity) {
   auto model = GetParam().load();
   std::vector<const c10::TensorImpl*> before;
-  for (const at::Tensor& tensor : model->parameters()) before.push_back(tensor.unsafeGetTensorImpl());
+  for (const at::Tensor& tensor : model->parameters())
+    before.push_back(tensor.unsafeGetTensorImpl());
   auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
   GetParam().run(*model);
   std::vector<const c10::TensorImpl*> after;
-  for (const at::Tensor& tensor : model->parameters()) after.push_back(tensor.unsafeGetTensorImpl());
+  for (const at::Tensor& tensor : model->parameters())
+    after.push_back(tensor.unsafeGetTensorImpl());
   EXPECT_EQ(after, before);
 }
 
@@ -188,7 +196,8 @@ TEST_P(AttentionTester, BackendsAgree) {
     model->set_attention_backend(backend);
     for (const auto& [name, tensor] : GetParam().run(*model)) {
       at::Tensor reference = expected.at(name);
-      EXPECT_LT((tensor - reference).abs().max().item<double>(), 1e-5 * std::max(1.0, reference.abs().max().item<double>()))
+      EXPECT_LT((tensor - reference).abs().max().item<double>(),
+                1e-5 * std::max(1.0, reference.abs().max().item<double>()))
           << backend << " " << name;
     }
   }

@@ -33,8 +33,9 @@ struct Mismatch {
   }
 
   [[noreturn]] void raise(const Checkpoint& checkpoint) const {
-    std::string text = fmt::format("{}: the checkpoint does not fit the model that its config describes",
-                                   checkpoint.files().front()->path().parent_path().string());
+    std::string text =
+        fmt::format("{}: the checkpoint does not fit the model that its config describes",
+                    checkpoint.files().front()->path().parent_path().string());
     append(text, "missing keys", missing);
     append(text, "unexpected keys", unexpected);
     append(text, "shapes that differ", shapes);
@@ -44,7 +45,8 @@ struct Mismatch {
 
 }  // namespace
 
-std::shared_ptr<Binding> bind(const torch::nn::Module& root, std::shared_ptr<const Checkpoint> checkpoint,
+std::shared_ptr<Binding> bind(const torch::nn::Module& root,
+                              std::shared_ptr<const Checkpoint> checkpoint,
                               const BindOptions& options) {
   std::vector<Slot> slots = collect_slots(root);
   std::unordered_map<std::string, size_t> by_name;
@@ -64,8 +66,8 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root, std::shared_ptr<con
     }
     const Slot& slot = slots[entry->second];
     if (slot.shape() != at::IntArrayRef(stored.shape)) {
-      mismatch.shapes.push_back(fmt::format("{}: got {}, expected {}", stored.key, shape_text(stored.shape),
-                                            shape_text(slot.shape())));
+      mismatch.shapes.push_back(fmt::format("{}: got {}, expected {}", stored.key,
+                                            shape_text(stored.shape), shape_text(slot.shape())));
       continue;
     }
     // Tied parameters may be stored under each of their names; any of them will do.
@@ -75,9 +77,9 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root, std::shared_ptr<con
   for (size_t i = 0; i < slots.size(); ++i) {
     if (!sources[i]) {
       bool allowed = options.may_be_missing && options.may_be_missing(slots[i].name());
-      bool told = std::any_of(mismatch.shapes.begin(), mismatch.shapes.end(), [&](const std::string& line) {
-        return line.starts_with(slots[i].name() + ":");
-      });
+      bool told = std::any_of(
+          mismatch.shapes.begin(), mismatch.shapes.end(),
+          [&](const std::string& line) { return line.starts_with(slots[i].name() + ":"); });
       if (!allowed && !told) mismatch.missing.push_back(slots[i].name());
       continue;
     }
@@ -97,7 +99,8 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root, std::shared_ptr<con
 at::Tensor read_stored(const StoredTensor& source) {
   at::Tensor tensor = at::empty(source.shape, tensor::to_torch(source.dtype));
   if (source.size_bytes > 0) {
-    source.file->read_exact(source.offset, source.size_bytes, static_cast<std::byte*>(tensor.mutable_data_ptr()));
+    source.file->read_exact(source.offset, source.size_bytes,
+                            static_cast<std::byte*>(tensor.mutable_data_ptr()));
   }
   return tensor;
 }
@@ -129,7 +132,8 @@ void load_resident(Binding& binding, io::ReadEngine& engine) {
       if (pending.size() == kWindow) finish_oldest();
       at::Tensor tensor = at::empty(bound.source.shape, tensor::to_torch(bound.source.dtype));
       io::ReadRequest request{bound.source.file, bound.source.offset, bound.source.size_bytes,
-                              bound.source.size_bytes, static_cast<std::byte*>(tensor.mutable_data_ptr())};
+                              bound.source.size_bytes,
+                              static_cast<std::byte*>(tensor.mutable_data_ptr())};
       std::vector<io::ReadRequest> requests;
       if (request.size_bytes > 0) requests.push_back(request);
       pending.push_back({&bound, tensor, engine.submit(std::move(requests))});

@@ -34,8 +34,8 @@ struct Binding {
   std::vector<BoundSlot> slots;
 };
 
-// Gives every slot of `root` a stub of its final dtype and notes its source; reads no weight. Throws
-// FormatError that lists all missing, unexpected and mis-shaped keys at once.
+// Gives every slot of `root` a stub of its final dtype and notes its source; reads no weight.
+// Throws FormatError that lists all missing, unexpected and mis-shaped keys at once.
 std::shared_ptr<Binding> bind(const torch::nn::Module& root,
                               std::shared_ptr<const Checkpoint> checkpoint,
                               const BindOptions& options = {});

@@ -23,18 +23,21 @@ std::map<std::string, std::string> read_weight_map(const fs::path& index) {
   nlohmann::ordered_json json = io::read_json_file(index);
   auto map = json.is_object() ? json.find("weight_map") : json.end();
   if (map == json.end() || !map->is_object()) {
-    throw_error<FormatError>("{}: expected an object \"weight_map\" (key -> shard file)", index.string());
+    throw_error<FormatError>("{}: expected an object \"weight_map\" (key -> shard file)",
+                             index.string());
   }
   std::map<std::string, std::string> weight_map;
   for (const auto& [key, value] : map->items()) {
     if (!value.is_string()) {
-      throw_error<FormatError>("{}: weight_map[\"{}\"]: expected a file name, got {}", index.string(), key,
-                               value.dump());
+      throw_error<FormatError>("{}: weight_map[\"{}\"]: expected a file name, got {}",
+                               index.string(), key, value.dump());
     }
     std::string name = value.get<std::string>();
-    if (name.empty() || fs::path(name).filename() != fs::path(name) || name == "." || name == "..") {
-      throw_error<FormatError>("{}: weight_map[\"{}\"]: \"{}\" is not the name of a file in this folder",
-                               index.string(), key, name);
+    if (name.empty() || fs::path(name).filename() != fs::path(name) || name == "." ||
+        name == "..") {
+      throw_error<FormatError>(
+          "{}: weight_map[\"{}\"]: \"{}\" is not the name of a file in this folder", index.string(),
+          key, name);
     }
     weight_map.emplace(key, std::move(name));
   }
@@ -47,7 +50,8 @@ void Checkpoint::add_file(const fs::path& path) {
   std::shared_ptr<const io::File> file = io::File::open(path);
   io::SafetensorsHeader header = io::read_safetensors_header(*file);
   for (io::TensorInfo& info : header.tensors) {
-    tensors_.push_back({std::move(info.name), info.dtype, std::move(info.shape), file, info.offset, info.size_bytes});
+    tensors_.push_back({std::move(info.name), info.dtype, std::move(info.shape), file, info.offset,
+                        info.size_bytes});
   }
   metadata_.merge(header.metadata);
   files_.push_back(std::move(file));
@@ -59,7 +63,8 @@ void Checkpoint::index_tensors() {
     auto [entry, is_new] = by_key_.emplace(tensors_[i].key, i);
     if (!is_new) {
       throw_error<FormatError>("key \"{}\" is in two shards: {} and {}", tensors_[i].key,
-                               tensors_[entry->second].file->path().string(), tensors_[i].file->path().string());
+                               tensors_[entry->second].file->path().string(),
+                               tensors_[i].file->path().string());
     }
   }
 }
@@ -71,14 +76,17 @@ std::shared_ptr<const Checkpoint> Checkpoint::open_file(const fs::path& file) {
   return checkpoint;
 }
 
-std::shared_ptr<const Checkpoint> Checkpoint::open_folder(const fs::path& folder, const std::string& base,
+std::shared_ptr<const Checkpoint> Checkpoint::open_folder(const fs::path& folder,
+                                                          const std::string& base,
                                                           const std::string& variant) {
   fs::path single = folder / (with_variant(base, variant) + ".safetensors");
-  fs::path index = folder / (base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json");
+  fs::path index =
+      folder / (base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json");
   if (!fs::exists(index)) {
     if (!fs::exists(single)) {
       throw_error<IoError>(
-          "{}: no weights: neither {} nor {} is there. If the folder holds .bin files or another variant, "
+          "{}: no weights: neither {} nor {} is there. If the folder holds .bin files or another "
+          "variant, "
           "convert it with Python's save_pretrained(safe_serialization=True) or pass --variant",
           folder.string(), single.filename().string(), index.filename().string());
     }
@@ -91,8 +99,8 @@ std::shared_ptr<const Checkpoint> Checkpoint::open_folder(const fs::path& folder
   auto checkpoint = std::make_shared<Checkpoint>();
   for (const std::string& shard : shards) {
     if (!fs::exists(folder / shard)) {
-      throw_error<IoError>("{}: shard {} is missing, which {} names; download the folder again", folder.string(),
-                           shard, index.filename().string());
+      throw_error<IoError>("{}: shard {} is missing, which {} names; download the folder again",
+                           folder.string(), shard, index.filename().string());
     }
     checkpoint->add_file(folder / shard);
   }
@@ -100,7 +108,8 @@ std::shared_ptr<const Checkpoint> Checkpoint::open_folder(const fs::path& folder
   for (const auto& [key, shard] : weight_map) {
     const StoredTensor* tensor = checkpoint->find(key);
     if (!tensor || tensor->file->path().filename() != shard) {
-      throw_error<FormatError>("{}: key \"{}\" should be in {}, which does not hold it", index.string(), key, shard);
+      throw_error<FormatError>("{}: key \"{}\" should be in {}, which does not hold it",
+                               index.string(), key, shard);
     }
   }
   return checkpoint;

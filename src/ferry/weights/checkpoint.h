@@ -25,9 +25,9 @@ struct StoredTensor {
 class Checkpoint {
  public:
   // Opens a component folder: `base` is "diffusion_pytorch_model" or "model"; an index.json decides
-  // which shards there are, and with a variant ("fp16") the names carry it as diffusers writes them.
-  // Throws IoError, FormatError (a shard that is missing or truncated, a key that the index places
-  // in a shard without it, the same key in two shards).
+  // which shards there are, and with a variant ("fp16") the names carry it as diffusers writes
+  // them. Throws IoError, FormatError (a shard that is missing or truncated, a key that the index
+  // places in a shard without it, the same key in two shards).
   static std::shared_ptr<const Checkpoint> open_folder(const std::filesystem::path& folder,
                                                        const std::string& base,
                                                        const std::string& variant = "");

@@ -17,8 +17,10 @@ void collect(const torch::nn::Module& module, const std::string& prefix, std::ve
       slots[entry->second].names.push_back(prefix + name);
     }
   };
-  for (const auto& entry : module.named_parameters(/*recurse=*/false)) add(entry.key(), entry.value(), false);
-  for (const auto& entry : module.named_buffers(/*recurse=*/false)) add(entry.key(), entry.value(), true);
+  for (const auto& entry : module.named_parameters(/*recurse=*/false))
+    add(entry.key(), entry.value(), false);
+  for (const auto& entry : module.named_buffers(/*recurse=*/false))
+    add(entry.key(), entry.value(), true);
   for (const auto& child : module.named_children()) {
     collect(*child.value(), prefix + child.key() + ".", slots, seen);
   }

@@ -16,19 +16,43 @@ constexpr int64_t kStorageBytes = 24;           // element (at most 16 bytes), m
 void write_poison(void* element, at::ScalarType dtype) {
   std::memset(element, 0, 16);
   switch (dtype) {
-    case at::kDouble: *static_cast<double*>(element) = std::numeric_limits<double>::quiet_NaN(); break;
-    case at::kFloat: *static_cast<float*>(element) = std::numeric_limits<float>::quiet_NaN(); break;
-    case at::kHalf: *static_cast<uint16_t*>(element) = 0x7e00; break;
-    case at::kBFloat16: *static_cast<uint16_t*>(element) = 0x7fc0; break;
+    case at::kDouble:
+      *static_cast<double*>(element) = std::numeric_limits<double>::quiet_NaN();
+      break;
+    case at::kFloat:
+      *static_cast<float*>(element) = std::numeric_limits<float>::quiet_NaN();
+      break;
+    case at::kHalf:
+      *static_cast<uint16_t*>(element) = 0x7e00;
+      break;
+    case at::kBFloat16:
+      *static_cast<uint16_t*>(element) = 0x7fc0;
+      break;
     case at::kFloat8_e5m2:
-    case at::kFloat8_e4m3fn: *static_cast<uint8_t*>(element) = 0x7f; break;
-    case at::kFloat8_e8m0fnu: *static_cast<uint8_t*>(element) = 0xff; break;
-    case at::kBool: *static_cast<uint8_t*>(element) = 1; break;
-    case at::kChar: *static_cast<int8_t*>(element) = std::numeric_limits<int8_t>::min(); break;
-    case at::kShort: *static_cast<int16_t*>(element) = std::numeric_limits<int16_t>::min(); break;
-    case at::kInt: *static_cast<int32_t*>(element) = std::numeric_limits<int32_t>::min(); break;
-    case at::kLong: *static_cast<int64_t*>(element) = std::numeric_limits<int64_t>::min(); break;
-    default: std::memset(element, 0xff, 16); break;
+    case at::kFloat8_e4m3fn:
+      *static_cast<uint8_t*>(element) = 0x7f;
+      break;
+    case at::kFloat8_e8m0fnu:
+      *static_cast<uint8_t*>(element) = 0xff;
+      break;
+    case at::kBool:
+      *static_cast<uint8_t*>(element) = 1;
+      break;
+    case at::kChar:
+      *static_cast<int8_t*>(element) = std::numeric_limits<int8_t>::min();
+      break;
+    case at::kShort:
+      *static_cast<int16_t*>(element) = std::numeric_limits<int16_t>::min();
+      break;
+    case at::kInt:
+      *static_cast<int32_t*>(element) = std::numeric_limits<int32_t>::min();
+      break;
+    case at::kLong:
+      *static_cast<int64_t*>(element) = std::numeric_limits<int64_t>::min();
+      break;
+    default:
+      std::memset(element, 0xff, 16);
+      break;
   }
 }
 

@@ -17,17 +17,19 @@ bool drop_prefix(std::string& key, std::string_view prefix) {
 
 // Keys of a whole CLIP checkpoint that no text encoder uses, and buffers that old versions saved.
 bool belongs_elsewhere(const std::string& key) {
-  return key.starts_with("vision_model.") || key.starts_with("visual_projection.") || key == "logit_scale" ||
-         key.ends_with("embeddings.position_ids");
+  return key.starts_with("vision_model.") || key.starts_with("visual_projection.") ||
+         key == "logit_scale" || key.ends_with("embeddings.position_ids");
 }
 
 void check_config(const CLIPTextConfig& config) {
   if (config.num_attention_heads < 1 || config.hidden_size % config.num_attention_heads != 0) {
-    throw_error<ArgumentError>("CLIPTextModel: hidden_size {} is no multiple of num_attention_heads {}",
-                               config.hidden_size, config.num_attention_heads);
+    throw_error<ArgumentError>(
+        "CLIPTextModel: hidden_size {} is no multiple of num_attention_heads {}",
+        config.hidden_size, config.num_attention_heads);
   }
   if (!config.eos_token_id) {
-    throw_error<ArgumentError>("CLIPTextModel: eos_token_id is null, but the pooled output is taken there");
+    throw_error<ArgumentError>(
+        "CLIPTextModel: eos_token_id is null, but the pooled output is taken there");
   }
 }
 
@@ -37,29 +39,38 @@ Traits clip_traits() {
   return traits;
 }
 
-double eps(const CLIPTextConfig& config) { return config.layer_norm_eps.value_or(1e-5); }
+double eps(const CLIPTextConfig& config) {
+  return config.layer_norm_eps.value_or(1e-5);
+}
 
 }  // namespace
 
-CLIPTextEmbeddings::CLIPTextEmbeddings(const CLIPTextConfig& config) : max_positions_(config.max_position_embeddings) {
-  token_embedding = register_module("token_embedding", nn::make<nn::Embedding>(config.vocab_size, config.hidden_size));
-  position_embedding =
-      register_module("position_embedding", nn::make<nn::Embedding>(max_positions_, config.hidden_size));
+CLIPTextEmbeddings::CLIPTextEmbeddings(const CLIPTextConfig& config)
+    : max_positions_(config.max_position_embeddings) {
+  token_embedding = register_module("token_embedding",
+                                    nn::make<nn::Embedding>(config.vocab_size, config.hidden_size));
+  position_embedding = register_module("position_embedding",
+                                       nn::make<nn::Embedding>(max_positions_, config.hidden_size));
 }
 
-at::Tensor CLIPTextEmbeddings::forward(const at::Tensor& input_ids, const at::Tensor& position_ids) {
+at::Tensor CLIPTextEmbeddings::forward(const at::Tensor& input_ids,
+                                       const at::Tensor& position_ids) {
   int64_t tokens = input_ids.size(-1);
   if (tokens > max_positions_) {
-    throw_error<ArgumentError>("CLIP: got {} tokens, expected at most {} (max_position_embeddings); cut the prompt's "
-                               "tokens", tokens, max_positions_);
+    throw_error<ArgumentError>(
+        "CLIP: got {} tokens, expected at most {} (max_position_embeddings); cut the prompt's "
+        "tokens",
+        tokens, max_positions_);
   }
-  at::Tensor positions = position_ids.defined()
-                             ? position_ids
-                             : at::arange(tokens, input_ids.options().dtype(at::kLong)).unsqueeze(0);
+  at::Tensor positions =
+      position_ids.defined()
+          ? position_ids
+          : at::arange(tokens, input_ids.options().dtype(at::kLong)).unsqueeze(0);
   return token_embedding(input_ids) + position_embedding(positions);
 }
 
-CLIPAttention::CLIPAttention(const CLIPTextConfig& config) : num_heads_(config.num_attention_heads) {
+CLIPAttention::CLIPAttention(const CLIPTextConfig& config)
+    : num_heads_(config.num_attention_heads) {
   int64_t dim = config.hidden_size;
   k_proj = register_module("k_proj", nn::make<nn::Linear>(dim, dim));
   v_proj = register_module("v_proj", nn::make<nn::Linear>(dim, dim));
@@ -68,7 +79,8 @@ CLIPAttention::CLIPAttention(const CLIPTextConfig& config) : num_heads_(config.n
 }
 
 void CLIPAttention::set_processor(const std::string& name) {
-  if (name != "sdpa") throw_error<ArgumentError>("CLIPAttention: unknown processor \"{}\"; it has: sdpa", name);
+  if (name != "sdpa")
+    throw_error<ArgumentError>("CLIPAttention: unknown processor \"{}\"; it has: sdpa", name);
 }
 
 at::Tensor CLIPAttention::forward(const at::Tensor& hidden_states, const at::Tensor& mask) {
@@ -84,18 +96,23 @@ at::Tensor CLIPAttention::forward(const at::Tensor& hidden_states, const at::Ten
   return out_proj(attended.flatten(2));  // [batch, tokens, channels]
 }
 
-CLIPMLP::CLIPMLP(const CLIPTextConfig& config) : activation_(nn::get_activation(config.hidden_act)) {
+CLIPMLP::CLIPMLP(const CLIPTextConfig& config)
+    : activation_(nn::get_activation(config.hidden_act)) {
   fc1 = register_module("fc1", nn::make<nn::Linear>(config.hidden_size, config.intermediate_size));
   fc2 = register_module("fc2", nn::make<nn::Linear>(config.intermediate_size, config.hidden_size));
 }
 
-at::Tensor CLIPMLP::forward(const at::Tensor& hidden_states) { return fc2(activation_(fc1(hidden_states))); }
+at::Tensor CLIPMLP::forward(const at::Tensor& hidden_states) {
+  return fc2(activation_(fc1(hidden_states)));
+}
 
 CLIPEncoderLayer::CLIPEncoderLayer(const CLIPTextConfig& config) {
   self_attn = register_module("self_attn", nn::make<CLIPAttention>(config));
-  layer_norm1 = register_module("layer_norm1", nn::make<nn::LayerNorm>(config.hidden_size, eps(config)));
+  layer_norm1 =
+      register_module("layer_norm1", nn::make<nn::LayerNorm>(config.hidden_size, eps(config)));
   mlp = register_module("mlp", nn::make<CLIPMLP>(config));
-  layer_norm2 = register_module("layer_norm2", nn::make<nn::LayerNorm>(config.hidden_size, eps(config)));
+  layer_norm2 =
+      register_module("layer_norm2", nn::make<nn::LayerNorm>(config.hidden_size, eps(config)));
 }
 
 at::Tensor CLIPEncoderLayer::forward(const at::Tensor& hidden_states, const at::Tensor& mask) {
@@ -105,7 +122,8 @@ at::Tensor CLIPEncoderLayer::forward(const at::Tensor& hidden_states, const at::
 
 CLIPEncoder::CLIPEncoder(const CLIPTextConfig& config) {
   layers = register_module("layers", nn::make<nn::ModuleList<CLIPEncoderLayer>>());
-  for (int64_t i = 0; i < config.num_hidden_layers; ++i) layers->push_back(nn::make<CLIPEncoderLayer>(config));
+  for (int64_t i = 0; i < config.num_hidden_layers; ++i)
+    layers->push_back(nn::make<CLIPEncoderLayer>(config));
 }
 
 at::Tensor CLIPEncoder::forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
@@ -123,14 +141,17 @@ CLIPTextModel::CLIPTextModel(CLIPTextConfig config) : config_(std::move(config))
   check_config(config_);
   embeddings = register_module("embeddings", nn::make<CLIPTextEmbeddings>(config_));
   encoder = register_module("encoder", nn::make<CLIPEncoder>(config_));
-  final_layer_norm = register_module("final_layer_norm", nn::make<nn::LayerNorm>(config_.hidden_size, eps(config_)));
+  final_layer_norm = register_module("final_layer_norm",
+                                     nn::make<nn::LayerNorm>(config_.hidden_size, eps(config_)));
 }
 
 nlohmann::ordered_json CLIPTextModel::config_json() const {
   return finish_config(config_to_json(config_), "clip_text_model");
 }
 
-Traits CLIPTextModel::traits() const { return clip_traits(); }
+Traits CLIPTextModel::traits() const {
+  return clip_traits();
+}
 
 std::string CLIPTextModel::map_key(const std::string& checkpoint_key) const {
   std::string key = checkpoint_key;
@@ -152,8 +173,9 @@ CLIPTextOutput CLIPTextModel::forward(const at::Tensor& input_ids, const at::Ten
   x = encoder(x, mask, output_hidden_states ? &output.hidden_states : nullptr);
   output.last_hidden_state = final_layer_norm(x);
 
-  at::Tensor end = *config_.eos_token_id == 2 ? ids.to(at::kInt).argmax(-1)
-                                              : (ids.to(at::kInt) == *config_.eos_token_id).to(at::kInt).argmax(-1);
+  at::Tensor end = *config_.eos_token_id == 2
+                       ? ids.to(at::kInt).argmax(-1)
+                       : (ids.to(at::kInt) == *config_.eos_token_id).to(at::kInt).argmax(-1);
   at::Tensor rows = at::arange(ids.size(0), end.options());
   output.pooler_output = output.last_hidden_state.index({rows, end});  // [batch, channels]
   return output;
@@ -168,27 +190,32 @@ NamedTensors CLIPTextModel::forward_named(const std::string& method, const Named
   bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
   named_inputs.argument("return_dict", true);
   named_inputs.finish();
-  CLIPTextOutput output = call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
-  NamedTensors named = {{"last_hidden_state", output.last_hidden_state}, {"pooler_output", output.pooler_output}};
+  CLIPTextOutput output =
+      call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
+  NamedTensors named = {{"last_hidden_state", output.last_hidden_state},
+                        {"pooler_output", output.pooler_output}};
   add_hidden_states(named, output.hidden_states);
   return named;
 }
 
 CLIPTextModelWithProjection::CLIPTextModelWithProjection(CLIPTextConfig config) {
   if (!config.projection_dim) {
-    throw_error<ArgumentError>("CLIPTextModelWithProjection: projection_dim is null, expected the output's channels");
+    throw_error<ArgumentError>(
+        "CLIPTextModelWithProjection: projection_dim is null, expected the output's channels");
   }
   int64_t hidden_size = config.hidden_size, projection_dim = *config.projection_dim;
   text_model = register_module("text_model", nn::make<CLIPTextModel>(std::move(config)));
-  text_projection =
-      register_module("text_projection", nn::make<nn::Linear>(hidden_size, projection_dim, /*with_bias=*/false));
+  text_projection = register_module(
+      "text_projection", nn::make<nn::Linear>(hidden_size, projection_dim, /*with_bias=*/false));
 }
 
 nlohmann::ordered_json CLIPTextModelWithProjection::config_json() const {
   return finish_config(config_to_json(config()), "clip_text_model");
 }
 
-Traits CLIPTextModelWithProjection::traits() const { return clip_traits(); }
+Traits CLIPTextModelWithProjection::traits() const {
+  return clip_traits();
+}
 
 std::string CLIPTextModelWithProjection::map_key(const std::string& checkpoint_key) const {
   if (belongs_elsewhere(checkpoint_key)) return "";
@@ -199,17 +226,17 @@ std::string CLIPTextModelWithProjection::map_key(const std::string& checkpoint_k
   return checkpoint_key;
 }
 
-CLIPTextModelWithProjection::Output CLIPTextModelWithProjection::forward(const at::Tensor& input_ids,
-                                                                         const at::Tensor& attention_mask,
-                                                                         const at::Tensor& position_ids,
-                                                                         bool output_hidden_states) {
+CLIPTextModelWithProjection::Output CLIPTextModelWithProjection::forward(
+    const at::Tensor& input_ids, const at::Tensor& attention_mask, const at::Tensor& position_ids,
+    bool output_hidden_states) {
   Output output;
   output.text = text_model(input_ids, attention_mask, position_ids, output_hidden_states);
   output.text_embeds = text_projection(output.text.pooler_output);
   return output;
 }
 
-NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& method, const NamedTensors& inputs,
+NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& method,
+                                                        const NamedTensors& inputs,
                                                         const nlohmann::json& arguments) {
   NamedInputs named_inputs(class_name(), inputs, arguments);
   at::Tensor input_ids = named_inputs.required("input_ids");
@@ -218,8 +245,10 @@ NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& metho
   bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
   named_inputs.argument("return_dict", true);
   named_inputs.finish();
-  Output output = call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
-  NamedTensors named = {{"text_embeds", output.text_embeds}, {"last_hidden_state", output.text.last_hidden_state}};
+  Output output =
+      call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
+  NamedTensors named = {{"text_embeds", output.text_embeds},
+                        {"last_hidden_state", output.text.last_hidden_state}};
   add_hidden_states(named, output.text.hidden_states);
   return named;
 }

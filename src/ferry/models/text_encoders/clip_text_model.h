@@ -27,8 +27,8 @@ struct CLIPTextConfig : ConfigBase {
   std::optional<double> initializer_factor = 1.0;
   std::optional<int64_t> pad_token_id = 1;
   std::optional<int64_t> bos_token_id = 49406;
-  // Where the pooled output is taken: the first token of this id; with 2, which older files carry by
-  // mistake, the token with the highest id.
+  // Where the pooled output is taken: the first token of this id; with 2, which older files carry
+  // by mistake, the token with the highest id.
   std::optional<int64_t> eos_token_id = 49407;
 
   template <class V>
@@ -54,8 +54,8 @@ struct CLIPTextConfig : ConfigBase {
 class CLIPTextEmbeddings : public nn::Module {
  public:
   explicit CLIPTextEmbeddings(const CLIPTextConfig& config);
-  // input_ids [batch, tokens], position_ids [1 or batch, tokens] or undefined -> [batch, tokens, channels].
-  // Throws ArgumentError for more tokens than max_position_embeddings.
+  // input_ids [batch, tokens], position_ids [1 or batch, tokens] or undefined -> [batch, tokens,
+  // channels]. Throws ArgumentError for more tokens than max_position_embeddings.
   at::Tensor forward(const at::Tensor& input_ids, const at::Tensor& position_ids);
 
   nn::Ptr<nn::Embedding> token_embedding, position_embedding;
@@ -68,8 +68,8 @@ class CLIPTextEmbeddings : public nn::Module {
 class CLIPAttention : public nn::AttentionModule {
  public:
   explicit CLIPAttention(const CLIPTextConfig& config);
-  // hidden_states [batch, tokens, channels]; mask: bool, with the causal part in it, or undefined: then
-  // plainly causal.
+  // hidden_states [batch, tokens, channels]; mask: bool, with the causal part in it, or undefined:
+  // then plainly causal.
   at::Tensor forward(const at::Tensor& hidden_states, const at::Tensor& mask);
   std::vector<std::string> available_processors() const override { return {"sdpa"}; }
   std::string processor_name() const override { return "sdpa"; }
@@ -106,7 +106,8 @@ class CLIPEncoder : public nn::Module {
  public:
   explicit CLIPEncoder(const CLIPTextConfig& config);
   // The states before the first layer and after each one are appended to `hidden_states`, if given.
-  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask, std::vector<at::Tensor>* hidden_states);
+  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
+                     std::vector<at::Tensor>* hidden_states);
 
   nn::Ptr<nn::ModuleList<CLIPEncoderLayer>> layers;
 };

@@ -16,21 +16,26 @@ namespace {
 at::Tensor clamp_half(const at::Tensor& x) {
   if (x.scalar_type() != at::kHalf) return x;
   constexpr double largest = 65504.0;
-  at::Tensor limit = at::where(x.isinf().any(), largest - 1000, largest).to(at::kHalf);
+  at::Tensor limit = at::where(x.isinf().any(), largest - 1000, largest).to(x.scalar_type());
   return at::clamp(x, -limit, limit);
 }
 
 double lowest(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kHalf: return -65504.0;
-    case at::kBFloat16: return static_cast<double>(std::numeric_limits<at::BFloat16>::lowest());
-    case at::kDouble: return std::numeric_limits<double>::lowest();
-    default: return std::numeric_limits<float>::lowest();
+    case at::kHalf:
+      return -65504.0;
+    case at::kBFloat16:
+      return static_cast<double>(std::numeric_limits<at::BFloat16>::lowest());
+    case at::kDouble:
+      return std::numeric_limits<double>::lowest();
+    default:
+      return std::numeric_limits<float>::lowest();
   }
 }
 
 // T5Attention._relative_position_bucket, for both directions. relative_position: int64, any shape.
-at::Tensor relative_position_bucket(at::Tensor relative_position, int64_t num_buckets, int64_t max_distance) {
+at::Tensor relative_position_bucket(at::Tensor relative_position, int64_t num_buckets,
+                                    int64_t max_distance) {
   num_buckets /= 2;
   at::Tensor buckets = (relative_position > 0).to(at::kLong) * num_buckets;
   relative_position = relative_position.abs();
@@ -39,18 +44,21 @@ at::Tensor relative_position_bucket(at::Tensor relative_position, int64_t num_bu
   at::Tensor is_small = relative_position < max_exact;
   double span = std::log(static_cast<double>(max_distance) / static_cast<double>(max_exact));
   at::Tensor large = max_exact + (at::log(relative_position.to(at::kFloat) / max_exact) / span *
-                                  (num_buckets - max_exact)).to(at::kLong);
+                                  (num_buckets - max_exact))
+                                     .to(at::kLong);
   large = at::minimum(large, at::full_like(large, num_buckets - 1));
   return buckets + at::where(is_small, relative_position, large);
 }
 
 void check_config(const T5Config& config) {
-  if (config.is_decoder) throw_error<ArgumentError>("T5EncoderModel: is_decoder is set, expected an encoder");
+  if (config.is_decoder)
+    throw_error<ArgumentError>("T5EncoderModel: is_decoder is set, expected an encoder");
   if (config.relative_attention_num_buckets < 4 ||
       config.relative_attention_max_distance <= config.relative_attention_num_buckets / 4) {
-    throw_error<ArgumentError>("T5EncoderModel: relative_attention_num_buckets {} and relative_attention_max_distance "
-                               "{}: expected at least 4 buckets, and a distance above a quarter of them",
-                               config.relative_attention_num_buckets, config.relative_attention_max_distance);
+    throw_error<ArgumentError>(
+        "T5EncoderModel: relative_attention_num_buckets {} and relative_attention_max_distance "
+        "{}: expected at least 4 buckets, and a distance above a quarter of them",
+        config.relative_attention_num_buckets, config.relative_attention_max_distance);
   }
 }
 
@@ -61,7 +69,8 @@ std::string T5Config::dense_act_fn() const {
   return is_gated_act() ? feed_forward_proj.substr(6) : feed_forward_proj;
 }
 
-T5DenseActDense::T5DenseActDense(const T5Config& config) : activation_(nn::get_activation(config.dense_act_fn())) {
+T5DenseActDense::T5DenseActDense(const T5Config& config)
+    : activation_(nn::get_activation(config.dense_act_fn())) {
   auto linear = [&](const char* name, int64_t in, int64_t out) {
     return register_module(name, nn::make<nn::Linear>(in, out, /*with_bias=*/false));
   };
@@ -90,7 +99,8 @@ at::Tensor T5DenseActDense::forward(const at::Tensor& hidden_states) {
 
 T5LayerFF::T5LayerFF(const T5Config& config) {
   DenseReluDense = register_module("DenseReluDense", nn::make<T5DenseActDense>(config));
-  layer_norm = register_module("layer_norm", nn::make<T5LayerNorm>(config.d_model, config.layer_norm_epsilon));
+  layer_norm = register_module("layer_norm",
+                               nn::make<T5LayerNorm>(config.d_model, config.layer_norm_epsilon));
 }
 
 at::Tensor T5LayerFF::forward(const at::Tensor& hidden_states) {
@@ -110,19 +120,22 @@ T5Attention::T5Attention(const T5Config& config, bool has_relative_attention_bia
   v = linear("v", config.d_model, inner);
   o = linear("o", inner, config.d_model);
   if (has_relative_attention_bias) {
-    relative_attention_bias =
-        register_module("relative_attention_bias", nn::make<nn::Embedding>(num_buckets_, num_heads_));
+    relative_attention_bias = register_module("relative_attention_bias",
+                                              nn::make<nn::Embedding>(num_buckets_, num_heads_));
   }
 }
 
 void T5Attention::set_processor(const std::string& name) {
-  if (name != "sdpa") throw_error<ArgumentError>("T5Attention: unknown processor \"{}\"; it has: sdpa", name);
+  if (name != "sdpa")
+    throw_error<ArgumentError>("T5Attention: unknown processor \"{}\"; it has: sdpa", name);
 }
 
 at::Tensor T5Attention::compute_bias(int64_t tokens, at::Device device) {
   at::Tensor position = at::arange(tokens, at::TensorOptions().dtype(at::kLong).device(device));
-  at::Tensor relative = position.unsqueeze(0) - position.unsqueeze(1);  // [query tokens, key tokens]
-  at::Tensor values = relative_attention_bias(relative_position_bucket(relative, num_buckets_, max_distance_));
+  at::Tensor relative =
+      position.unsqueeze(0) - position.unsqueeze(1);  // [query tokens, key tokens]
+  at::Tensor values =
+      relative_attention_bias(relative_position_bucket(relative, num_buckets_, max_distance_));
   return values.permute({2, 0, 1}).unsqueeze(0);
 }
 
@@ -147,12 +160,16 @@ T5Attention::Output T5Attention::forward(const at::Tensor& hidden_states, const 
   return {o(attended.flatten(2)), bias};
 }
 
-T5LayerSelfAttention::T5LayerSelfAttention(const T5Config& config, bool has_relative_attention_bias) {
-  SelfAttention = register_module("SelfAttention", nn::make<T5Attention>(config, has_relative_attention_bias));
-  layer_norm = register_module("layer_norm", nn::make<T5LayerNorm>(config.d_model, config.layer_norm_epsilon));
+T5LayerSelfAttention::T5LayerSelfAttention(const T5Config& config,
+                                           bool has_relative_attention_bias) {
+  SelfAttention =
+      register_module("SelfAttention", nn::make<T5Attention>(config, has_relative_attention_bias));
+  layer_norm = register_module("layer_norm",
+                               nn::make<T5LayerNorm>(config.d_model, config.layer_norm_epsilon));
 }
 
-T5Attention::Output T5LayerSelfAttention::forward(const at::Tensor& hidden_states, const at::Tensor& mask,
+T5Attention::Output T5LayerSelfAttention::forward(const at::Tensor& hidden_states,
+                                                  const at::Tensor& mask,
                                                   const at::Tensor& position_bias) {
   T5Attention::Output attention = SelfAttention(layer_norm(hidden_states), mask, position_bias);
   return {hidden_states + attention.hidden_states, attention.position_bias};
@@ -160,7 +177,8 @@ T5Attention::Output T5LayerSelfAttention::forward(const at::Tensor& hidden_state
 
 T5Block::T5Block(const T5Config& config, bool has_relative_attention_bias) {
   layer = register_module("layer", nn::make<nn::Container>());
-  self_attention = layer->add("0", nn::make<T5LayerSelfAttention>(config, has_relative_attention_bias));
+  self_attention =
+      layer->add("0", nn::make<T5LayerSelfAttention>(config, has_relative_attention_bias));
   feed_forward = layer->add("1", nn::make<T5LayerFF>(config));
 }
 
@@ -173,9 +191,10 @@ T5Attention::Output T5Block::forward(const at::Tensor& hidden_states, const at::
 
 T5Stack::T5Stack(const T5Config& config) {
   block = register_module("block", nn::make<nn::ModuleList<T5Block>>());
-  for (int64_t i = 0; i < config.num_layers; ++i) block->push_back(nn::make<T5Block>(config, i == 0));
-  final_layer_norm =
-      register_module("final_layer_norm", nn::make<T5LayerNorm>(config.d_model, config.layer_norm_epsilon));
+  for (int64_t i = 0; i < config.num_layers; ++i)
+    block->push_back(nn::make<T5Block>(config, i == 0));
+  final_layer_norm = register_module(
+      "final_layer_norm", nn::make<T5LayerNorm>(config.d_model, config.layer_norm_epsilon));
 }
 
 at::Tensor T5Stack::forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
@@ -224,16 +243,20 @@ std::string T5EncoderModel::map_key(const std::string& checkpoint_key) const {
   return checkpoint_key;
 }
 
-T5EncoderModel::Output T5EncoderModel::forward(const at::Tensor& input_ids, const at::Tensor& attention_mask,
-                                               const at::Tensor& inputs_embeds, bool output_hidden_states) {
+T5EncoderModel::Output T5EncoderModel::forward(const at::Tensor& input_ids,
+                                               const at::Tensor& attention_mask,
+                                               const at::Tensor& inputs_embeds,
+                                               bool output_hidden_states) {
   if (input_ids.defined() == inputs_embeds.defined()) {
-    throw_error<ArgumentError>("T5EncoderModel: expected one of input_ids and inputs_embeds, got {}",
-                               input_ids.defined() ? "both" : "neither");
+    throw_error<ArgumentError>(
+        "T5EncoderModel: expected one of input_ids and inputs_embeds, got {}",
+        input_ids.defined() ? "both" : "neither");
   }
   at::Tensor x = inputs_embeds.defined() ? inputs_embeds : shared(input_ids);
   at::Tensor mask = expand_attention_mask(attention_mask, x.size(1));
   Output output;
-  output.last_hidden_state = encoder(x, mask, output_hidden_states ? &output.hidden_states : nullptr);
+  output.last_hidden_state =
+      encoder(x, mask, output_hidden_states ? &output.hidden_states : nullptr);
   return output;
 }
 
@@ -246,7 +269,8 @@ NamedTensors T5EncoderModel::forward_named(const std::string& method, const Name
   bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
   named_inputs.argument("return_dict", true);
   named_inputs.finish();
-  Output output = call([&] { return forward(input_ids, attention_mask, inputs_embeds, output_hidden_states); });
+  Output output =
+      call([&] { return forward(input_ids, attention_mask, inputs_embeds, output_hidden_states); });
   NamedTensors named = {{"last_hidden_state", output.last_hidden_state}};
   add_hidden_states(named, output.hidden_states);
   return named;

@@ -100,7 +100,8 @@ class T5Attention : public nn::AttentionModule {
   };
   // mask: bool, true attends, or undefined. position_bias: what the first layer returned; undefined
   // in the first layer.
-  Output forward(const at::Tensor& hidden_states, const at::Tensor& mask, const at::Tensor& position_bias);
+  Output forward(const at::Tensor& hidden_states, const at::Tensor& mask,
+                 const at::Tensor& position_bias);
   std::vector<std::string> available_processors() const override { return {"sdpa"}; }
   std::string processor_name() const override { return "sdpa"; }
   void set_processor(const std::string& name) override;
@@ -140,7 +141,8 @@ class T5Stack : public nn::Module {
  public:
   explicit T5Stack(const T5Config& config);
   // The states before each block, and the result, are appended to `hidden_states`, if given.
-  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask, std::vector<at::Tensor>* hidden_states);
+  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
+                     std::vector<at::Tensor>* hidden_states);
 
   nn::Ptr<nn::ModuleList<T5Block>> block;
   nn::Ptr<T5LayerNorm> final_layer_norm;

@@ -17,7 +17,8 @@ nlohmann::ordered_json TransformersModel::finish_config(nlohmann::ordered_json j
   return json;
 }
 
-void TransformersModel::add_hidden_states(NamedTensors& outputs, const std::vector<at::Tensor>& hidden_states) {
+void TransformersModel::add_hidden_states(NamedTensors& outputs,
+                                          const std::vector<at::Tensor>& hidden_states) {
   for (size_t i = 0; i < hidden_states.size(); ++i) {
     outputs["hidden_states." + std::to_string(i)] = hidden_states[i];
   }
@@ -25,10 +26,11 @@ void TransformersModel::add_hidden_states(NamedTensors& outputs, const std::vect
 
 at::Tensor expand_attention_mask(const at::Tensor& attention_mask, int64_t tokens) {
   if (!attention_mask.defined()) return attention_mask;
-  bool fits = (attention_mask.dim() == 2 || attention_mask.dim() == 4) && attention_mask.size(-1) == tokens;
+  bool fits =
+      (attention_mask.dim() == 2 || attention_mask.dim() == 4) && attention_mask.size(-1) == tokens;
   if (!fits) {
-    throw_error<ArgumentError>("attention_mask: got [{}], expected [batch, {}]", fmt::join(attention_mask.sizes(), ", "),
-                               tokens);
+    throw_error<ArgumentError>("attention_mask: got [{}], expected [batch, {}]",
+                               fmt::join(attention_mask.sizes(), ", "), tokens);
   }
   at::Tensor mask = attention_mask.to(at::kBool);
   return mask.dim() == 2 ? mask.unsqueeze(1).unsqueeze(1) : mask;  // [batch, 1, 1, tokens]

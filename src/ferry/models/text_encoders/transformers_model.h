@@ -15,14 +15,17 @@ class TransformersModel : public Model {
 
  protected:
   // Adds `architectures`, `model_type` and `dtype` as transformers writes them.
-  nlohmann::ordered_json finish_config(nlohmann::ordered_json json, const std::string& model_type) const;
+  nlohmann::ordered_json finish_config(nlohmann::ordered_json json,
+                                       const std::string& model_type) const;
 
   // Adds "hidden_states.0", … as transformers' tuple.
-  static void add_hidden_states(NamedTensors& outputs, const std::vector<at::Tensor>& hidden_states);
+  static void add_hidden_states(NamedTensors& outputs,
+                                const std::vector<at::Tensor>& hidden_states);
 };
 
-// [batch, tokens] (1 or true: attend) or [batch, 1, query tokens, key tokens] -> bool, broadcastable to
-// [batch, heads, query tokens, key tokens]. An undefined mask stays undefined. Throws ArgumentError.
+// [batch, tokens] (1 or true: attend) or [batch, 1, query tokens, key tokens] -> bool,
+// broadcastable to [batch, heads, query tokens, key tokens]. An undefined mask stays undefined.
+// Throws ArgumentError.
 at::Tensor expand_attention_mask(const at::Tensor& attention_mask, int64_t tokens);
 
 }  // namespace ferry::models
