@@ -234,7 +234,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", help="folder of pictures to judge")
     parser.add_argument("--pipeline", help="diffusers folder to generate with")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--true-cfg-scale", type=float, default=2.0)
     parser.add_argument("--save", help="folder for the generated pictures")
     parser.add_argument("--verbose", action="store_true", help="print what is wrong")
