@@ -6,11 +6,11 @@ ferry=$1
 mkdir -p out
 draw() {  # file, seed, prompt
   echo "== $3"
-  "$ferry" generate --model models/shapes --prompt "$3" --seed "$2" --steps 12 --true-cfg-scale 2 --negative-prompt "" \
-    --max-sequence-length 32 --weights-memory 2MiB --output "out/$1"
+  "$ferry" generate --model models/shapes --prompt "$3" --seed "$2" --steps 8 --true-cfg-scale 2 --negative-prompt "" \
+    --max-sequence-length 24 --weights-memory 2MiB --output "out/$1"
 }
 draw red-circle.png 1 "a large red circle on a white background"
-draw blue-star.png 2 "a medium blue star in the center on a yellow background"
+draw blue-star.png 2 "a blue star in the top left on a beige background"
 draw green-ring.png 3 "a large green ring on a black background"
 echo
 echo "The pictures are in $(pwd)/out:"
