@@ -1,6 +1,7 @@
 #include "ferry/weights/binding.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
@@ -97,6 +98,7 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root,
 }
 
 at::Tensor read_stored(const StoredTensor& source) {
+  c10::InferenceMode off(false);
   at::Tensor tensor = at::empty(source.shape, tensor::to_torch(source.dtype));
   if (source.size_bytes > 0) {
     source.file->read_exact(source.offset, source.size_bytes,
@@ -106,10 +108,12 @@ at::Tensor read_stored(const StoredTensor& source) {
 }
 
 at::Tensor read_tensor(const BoundSlot& bound) {
+  c10::InferenceMode off(false);
   return read_stored(bound.source).to(bound.slot.dtype());
 }
 
 void load_resident(Binding& binding, io::ReadEngine& engine) {
+  c10::InferenceMode off(false);
   // As many reads in flight as there are tensors is harmless: the engine queues. The window bounds
   // what a cast holds twice.
   constexpr size_t kWindow = 16;

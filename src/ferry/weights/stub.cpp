@@ -1,6 +1,7 @@
 #include "ferry/weights/stub.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 
 #include <cstring>
 #include <limits>
@@ -59,6 +60,8 @@ void write_poison(void* element, at::ScalarType dtype) {
 }  // namespace
 
 at::Tensor make_stub(at::IntArrayRef shape, at::ScalarType dtype, at::Device device) {
+  // An ordinary tensor also where a model is made in inference mode: set_data wants one.
+  c10::InferenceMode off(false);
   at::Tensor bytes = at::empty({kStorageBytes}, at::TensorOptions().dtype(at::kByte));
   auto* data = bytes.mutable_data_ptr<uint8_t>();
   write_poison(data, dtype);
