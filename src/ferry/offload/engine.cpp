@@ -71,11 +71,6 @@ void Engine::set_stop_token(StopToken stop) {
   options_.stop = std::move(stop);
 }
 
-void Engine::set_trace(Trace* trace) {
-  std::lock_guard lock(mutex_);
-  options_.trace = trace;
-}
-
 void Engine::activate_locked(Client& client) {
   if (active_ == &client) return;
   if (active_) active_->deactivate_locked();
@@ -149,12 +144,6 @@ void Client::plan_locked() {
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
   plan_ = make_plan(costs, options);
   for (size_t i = 0; i < states_.size(); ++i) states_[i]->placement = plan_.placements[i];
-}
-
-uint64_t Client::streamed_total_bytes() const {
-  uint64_t sum = 0;
-  for (const auto& state : states_) sum += state->size_bytes;
-  return sum;
 }
 
 void Client::activate_locked() {

@@ -98,8 +98,6 @@ class Engine {
   // Drops what is read ahead and resident of all components that have no lease out.
   void unload();
   void set_stop_token(StopToken stop);
-  // The pass's tracks go to `trace` from now on (null: off).
-  void set_trace(Trace* trace);
 
  private:
   friend class Client;
@@ -140,7 +138,6 @@ class Client {
   const Plan& plan() const { return plan_; }
   const std::string& name() const { return name_; }
   size_t group_count() const { return states_.size(); }
-  uint64_t streamed_total_bytes() const;
 
  private:
   friend class Engine;
