@@ -35,6 +35,8 @@ TEST(ParseBytes, Table) {
       {"1.0005KB", 1000},
       {"2TB", 2000000000000},
       {"2TiB", 2199023255552},
+      {"1.5PiB", 3ull << 49},
+      {"15EiB", 15ull << 60},
       {"18446744073709551615", UINT64_MAX},
       {"16777215TiB", 16777215ull << 40},
   };
@@ -104,6 +106,33 @@ TEST(FormatBytes, Table) {
       {UINT64_MAX, "16.0 EiB"},
   };
   for (const auto& [bytes, text] : cases) EXPECT_EQ(format_bytes(bytes), text);
+}
+
+TEST(FormatBytesUp, Table) {
+  const std::pair<uint64_t, const char*> cases[] = {
+      {0, "0 B"},
+      {1023, "1023 B"},
+      {1024, "1.00 KiB"},
+      {1025, "1.01 KiB"},
+      {10 << 10, "10.0 KiB"},
+      {(10 << 10) + 1, "10.1 KiB"},
+      {128 << 10, "128 KiB"},
+      {(128 << 10) + 1, "129 KiB"},
+      {(1023 << 10) + 1, "1.00 MiB"},
+      {536870912, "512 MiB"},
+      {536870913, "513 MiB"},
+      {UINT64_MAX, "16.0 EiB"},
+  };
+  for (const auto& [bytes, text] : cases) EXPECT_EQ(format_bytes_up(bytes), text) << bytes;
+}
+
+// Whoever gives what a message asks for has given enough, and at most 1% more.
+TEST(FormatBytesUp, IsEnoughWhenItIsGivenBack) {
+  for (uint64_t bytes = 1; bytes < (1ull << 62); bytes = bytes * 5 / 3 + 1) {
+    uint64_t back = parse_bytes(format_bytes_up(bytes));
+    EXPECT_GE(back, bytes);
+    EXPECT_LE(static_cast<double>(back), 1.01 * static_cast<double>(bytes) + 1) << bytes;
+  }
 }
 
 TEST(FormatRate, Table) {

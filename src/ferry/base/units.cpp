@@ -30,7 +30,7 @@ std::string lower(std::string_view text) {
 // 0 for an unknown suffix.
 uint64_t multiplier(const std::string& suffix) {
   if (suffix.empty() || suffix == "b") return 1;
-  constexpr std::string_view kPrefixes = "kmgt";
+  constexpr std::string_view kPrefixes = "kmgtpe";
   size_t power = kPrefixes.find(suffix[0]);
   if (power == std::string_view::npos) return 0;
   std::string rest = suffix.substr(1);
@@ -48,6 +48,8 @@ std::string three_digits(double value) {
   if (value < 99.95) return fmt::format("{:.1f}", value);
   return fmt::format("{:.0f}", value);
 }
+
+constexpr std::array<std::string_view, 6> kUnits = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
 
 }  // namespace
 
@@ -102,7 +104,6 @@ uint64_t parse_rate(std::string_view text, std::string_view what) {
 
 std::string format_bytes(uint64_t bytes) {
   if (bytes < 1024) return fmt::format("{} B", bytes);
-  constexpr std::array<std::string_view, 6> kUnits = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
   double value = static_cast<double>(bytes) / 1024;
   size_t unit = 0;
   while (value >= 1023.5 && unit + 1 < kUnits.size()) {
@@ -110,6 +111,23 @@ std::string format_bytes(uint64_t bytes) {
     ++unit;
   }
   return fmt::format("{} {}", three_digits(value), kUnits[unit]);
+}
+
+std::string format_bytes_up(uint64_t bytes) {
+  if (bytes < 1024) return fmt::format("{} B", bytes);
+  // In integers: a double would round sizes above 2^53, some of them down.
+  using Wide = unsigned __int128;
+  for (size_t unit = 0;; ++unit) {
+    auto scaled = [&](unsigned factor) {  // bytes * factor in this unit, rounded up
+      return static_cast<uint64_t>((Wide{bytes} * factor + (Wide{1} << (10 * (unit + 1))) - 1) >>
+                                   (10 * (unit + 1)));
+    };
+    if (uint64_t n = scaled(100); n < 1000)
+      return fmt::format("{}.{:02} {}", n / 100, n % 100, kUnits[unit]);
+    if (uint64_t n = scaled(10); n < 1000)
+      return fmt::format("{}.{} {}", n / 10, n % 10, kUnits[unit]);
+    if (uint64_t n = scaled(1); n < 1024) return fmt::format("{} {}", n, kUnits[unit]);
+  }
 }
 
 std::string format_rate(double bytes_per_s) {
