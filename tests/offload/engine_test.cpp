@@ -9,6 +9,7 @@
 #include <fstream>
 #include <random>
 
+#include "../widening_encoding.h"
 #include "ferry/base/error.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/tensor/dtype.h"
@@ -186,6 +187,44 @@ TEST_F(EngineTest, CastsToTheWantedDtype) {
     Client client(engine, "model", groups(at::kBFloat16));
     for (int pass = 0; pass < 3; ++pass) run_pass(client, {0, 1, 2, 3}, at::kBFloat16);
   }
+}
+
+TEST_F(EngineTest, EncodedTensorsAreDecodedAndCast) {
+  write({100, 30, 200, 7}, at::kBFloat16);
+  for (uint64_t budget : {uint64_t{120} << 10, uint64_t{10} << 20}) {
+    for (at::ScalarType wanted : {at::kFloat, at::kBFloat16}) {
+      std::vector<Group> encoded = groups(wanted);
+      for (Group& group : encoded) {
+        for (weights::BoundSlot& bound : group.slots) bound.source = widened(bound.source);
+      }
+      Engine engine(options(budget));
+      Client client(engine, "model", std::move(encoded));
+      for (int pass = 0; pass < 3; ++pass) run_pass(client, {0, 1, 2, 3}, wanted);
+      EXPECT_LE(engine.report().peak_bytes, budget);
+    }
+  }
+}
+
+TEST_F(EngineTest, ADamagedEncodingIsAnErrorAndTheEngineLives) {
+  write({100, 100, 100, 100}, at::kBFloat16);
+  std::vector<Group> encoded = groups();
+  for (size_t i = 0; i < encoded.size(); ++i) {
+    for (weights::BoundSlot& bound : encoded[i].slots)
+      bound.source = widened(bound.source, /*damaged=*/i == 2);
+  }
+  Engine engine(options(90 << 10, 90 << 10));
+  Client client(engine, "model", std::move(encoded));
+  for (int i = 0; i < 2; ++i) {
+    client.begin_pass();
+    for (size_t group : {0, 1, 3}) {
+      Lease lease = client.lease(group);
+      EXPECT_TRUE(is_right(group));
+    }
+    EXPECT_THROW(Lease lease = client.lease(2), FormatError);
+    client.end_pass(false);
+  }
+  client.unload();
+  expect_all_stubs();
 }
 
 TEST_F(EngineTest, MisalignedDataIsCopied) {

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "../widening_encoding.h"
 #include "ferry/base/error.h"
 #include "ferry/weights/binding.h"
 #include "ferry/weights/stub.h"
@@ -90,6 +91,20 @@ TEST_F(CheckpointTest, WhatIsWrongWithAFolderIsSaid) {
   }
 }
 
+TEST_F(CheckpointTest, OfTensorsFindsThemByKey) {
+  write("model.safetensors", {{"a", {2}}, {"b", {3}}});
+  auto source = Checkpoint::open_folder(folder_, "model");
+  std::vector<StoredTensor> tensors = source->tensors();
+  tensors[1].key = "c";
+  auto other = Checkpoint::of_tensors(tensors, {{"made", "here"}}, source->files());
+  EXPECT_EQ(other->find("c")->shape, std::vector<int64_t>{3});
+  EXPECT_EQ(other->find("b"), nullptr);
+  EXPECT_EQ(other->metadata().at("made"), "here");
+  EXPECT_EQ(other->files(), source->files());
+  tensors[1].key = "a";
+  EXPECT_THROW(Checkpoint::of_tensors(tensors, {}, source->files()), FormatError);
+}
+
 struct Model : torch::nn::Module {
   at::Tensor a = register_parameter("a", make_stub({2, 3}, at::kFloat), false);
   at::Tensor b = register_parameter("b", make_stub({4}, at::kFloat), false);
@@ -126,6 +141,44 @@ TEST_F(CheckpointTest, BindingMapsCastsAndLoads) {
   EXPECT_TRUE(model.a.equal(at::full({2, 3}, 7, at::kBFloat16)));
   EXPECT_TRUE(model.b.equal(at::full({4}, 7, at::kFloat)));
   EXPECT_TRUE(is_stub(model.c));
+}
+
+// Every way to read a tensor decodes one that is stored encoded.
+TEST_F(CheckpointTest, EncodedTensorsAreDecoded) {
+  std::vector<at::Tensor> values = {at::randn({2, 3}).to(at::kBFloat16),
+                                    at::randn({4}).to(at::kBFloat16)};
+  io::SafetensorsWriter writer(
+      folder_ / "model.safetensors",
+      {{"a", io::Dtype::BF16, {2, 3}}, {"b", io::Dtype::BF16, {4}}, {"c", io::Dtype::BF16, {0}}});
+  for (const at::Tensor& value : values) {
+    writer.write({static_cast<const std::byte*>(value.const_data_ptr()),
+                  static_cast<size_t>(value.nbytes())});
+  }
+  writer.finish();
+  Model model;
+  BindOptions options;
+  options.may_be_missing = [](const std::string& slot) { return slot == "c"; };
+  options.map_key = [](const std::string& key) { return key == "c" ? "" : key; };
+  auto checkpoint = Checkpoint::open_folder(folder_, "model");
+  auto binding = weights::bind(model, checkpoint, options);
+  model.a.set_data(make_stub({2, 3}, at::kFloat));  // as stored
+  model.b.set_data(make_stub({4}, at::kHalf));      // cast
+  for (BoundSlot& bound : binding->slots) bound.source = widened(bound.source);
+  EXPECT_EQ(binding->slots[0].source.size_bytes, 12u);
+  EXPECT_EQ(binding->slots[0].source.plain_bytes(), 24u);
+  EXPECT_EQ(checkpoint->find("a")->plain_bytes(), 12u);
+  EXPECT_TRUE(read_stored(binding->slots[0].source).equal(values[0].to(at::kFloat)));
+  EXPECT_TRUE(read_tensor(binding->slots[1]).equal(values[1].to(at::kHalf)));
+  EXPECT_EQ(read_stored(widened(*checkpoint->find("c"))).numel(), 0);
+  auto engine = io::make_read_engine();
+  load_resident(*binding, *engine);
+  EXPECT_TRUE(model.a.equal(values[0].to(at::kFloat)));
+  EXPECT_TRUE(model.b.equal(values[1].to(at::kHalf)));
+
+  model.a.set_data(make_stub({2, 3}, at::kFloat));
+  binding->slots[0].source = widened(*checkpoint->find("a"), /*damaged=*/true);
+  EXPECT_THROW(load_resident(*binding, *engine), FormatError);
+  EXPECT_TRUE(is_stub(model.a));
 }
 
 }  // namespace

@@ -143,6 +143,8 @@ class Grouping {
       if (!embedding || entry.holder != embedding) continue;
       for_own_slots(entry, [&](size_t slot) {
         if (bound(slot).slot.size_bytes() < small_slot_bytes) return;
+        // Rows of an encoded table cannot be read one by one: it is streamed like any weight.
+        if (bound(slot).source.encoding) return;
         tables.emplace_back(embedding, &bound(slot));
         taken_.insert(slot);
       });

@@ -18,6 +18,10 @@ uint64_t round_up(uint64_t value, uint64_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 
+std::span<std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<std::byte*>(tensor.mutable_data_ptr()), tensor.nbytes()};
+}
+
 at::Tensor view_of(void* data, at::IntArrayRef shape, at::ScalarType dtype) {
   return at::from_blob(data, shape, at::TensorOptions().dtype(dtype));
 }
@@ -43,6 +47,7 @@ Client::State::State(const Group& group) : name(group.name), keep_resident(group
     slot.stub = weights::make_stub(bound.slot.shape(), bound.slot.dtype());
     slot.stored = tensor::to_torch(source.dtype);
     slot.read_bytes = source.size_bytes;
+    slot.encoding = source.encoding;
     size_bytes += bound.slot.size_bytes();
 
     bool joins = !extents.empty() && extents.back().file == source.file &&
@@ -60,7 +65,7 @@ Client::State::State(const Group& group) : name(group.name), keep_resident(group
     slot.read_place = extent.place + (source.offset - extent.offset);
 
     const bool misaligned = source.offset % io::item_size(source.dtype) != 0;
-    if (misaligned || slot.stored != bound.slot.dtype()) {
+    if (misaligned || slot.encoding || slot.stored != bound.slot.dtype()) {
       slot.cast_place = cast_range_bytes;
       cast_range_bytes = round_up(cast_range_bytes + bound.slot.size_bytes(), 64);
     }
@@ -84,7 +89,13 @@ void Client::State::make_views(std::byte* read_range, std::byte* cast_range) {
       continue;
     }
     at::Tensor view = view_of(cast_range + *slot.cast_place, slot.stub.sizes(), wanted);
-    if (slot.stored == wanted) {
+    if (slot.encoding && slot.stored == wanted) {
+      slot.encoding->decode({bytes, slot.read_bytes}, bytes_of(view));
+    } else if (slot.encoding) {
+      at::Tensor plain = at::empty(slot.stub.sizes(), at::TensorOptions().dtype(slot.stored));
+      slot.encoding->decode({bytes, slot.read_bytes}, bytes_of(plain));
+      view.copy_(plain);
+    } else if (slot.stored == wanted) {
       std::memcpy(view.mutable_data_ptr(), bytes, slot.read_bytes);
     } else if (reinterpret_cast<uintptr_t>(bytes) % c10::elementSize(slot.stored) == 0) {
       view.copy_(view_of(bytes, slot.stub.sizes(), slot.stored));

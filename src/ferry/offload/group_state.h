@@ -31,7 +31,10 @@ struct SlotPlace {
   at::ScalarType stored{};
   uint64_t read_place = 0;  // of its first byte in the read range
   uint64_t read_bytes = 0;
-  // Set where the stored bytes cannot be used as they lie: another dtype, or not aligned to items.
+  // Null: the bytes are the tensor's.
+  std::shared_ptr<const weights::Encoding> encoding;
+  // Set where the stored bytes cannot be used as they lie: another dtype, encoded, or not aligned
+  // to items.
   std::optional<uint64_t> cast_place;
 };
 

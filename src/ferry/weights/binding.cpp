@@ -97,14 +97,43 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root,
   return binding;
 }
 
+namespace {
+
+std::byte* bytes_of(const at::Tensor& tensor) {
+  return static_cast<std::byte*>(tensor.mutable_data_ptr());
+}
+
+// Where a stored tensor's bytes are read to: the tensor itself, or a buffer that is decoded into
+// it.
+struct ReadPlace {
+  explicit ReadPlace(const StoredTensor& source)
+      : encoding(source.encoding.get()),
+        tensor(at::empty(source.shape, tensor::to_torch(source.dtype))) {
+    if (encoding) encoded = at::empty({static_cast<int64_t>(source.size_bytes)}, at::kByte);
+  }
+
+  std::byte* data() const { return bytes_of(encoding ? encoded : tensor); }
+  // The tensor, once the bytes are here.
+  at::Tensor finish() {
+    if (encoding) {
+      encoding->decode({bytes_of(encoded), encoded.nbytes()}, {bytes_of(tensor), tensor.nbytes()});
+      encoded.reset();
+    }
+    return tensor;
+  }
+
+  const Encoding* encoding;
+  at::Tensor tensor, encoded;
+};
+
+}  // namespace
+
 at::Tensor read_stored(const StoredTensor& source) {
   c10::InferenceMode off(false);
-  at::Tensor tensor = at::empty(source.shape, tensor::to_torch(source.dtype));
-  if (source.size_bytes > 0) {
-    source.file->read_exact(source.offset, source.size_bytes,
-                            static_cast<std::byte*>(tensor.mutable_data_ptr()));
-  }
-  return tensor;
+  ReadPlace place(source);
+  if (source.size_bytes > 0)
+    source.file->read_exact(source.offset, source.size_bytes, place.data());
+  return place.finish();
 }
 
 at::Tensor read_tensor(const BoundSlot& bound) {
@@ -115,11 +144,11 @@ at::Tensor read_tensor(const BoundSlot& bound) {
 void load_resident(Binding& binding, io::ReadEngine& engine) {
   c10::InferenceMode off(false);
   // As many reads in flight as there are tensors is harmless: the engine queues. The window bounds
-  // what a cast holds twice.
+  // what a cast or an encoding holds twice.
   constexpr size_t kWindow = 16;
   struct Pending {
     const BoundSlot* bound;
-    at::Tensor tensor;
+    ReadPlace place;
     io::ReadTicketPtr ticket;
   };
   std::vector<Pending> pending;
@@ -128,19 +157,18 @@ void load_resident(Binding& binding, io::ReadEngine& engine) {
     pending.erase(pending.begin());
     engine.wait(oldest.ticket);
     at::Tensor slot_tensor = oldest.bound->slot.tensor;
-    slot_tensor.set_data(oldest.tensor.to(slot_tensor.scalar_type()));
+    slot_tensor.set_data(oldest.place.finish().to(slot_tensor.scalar_type()));
   };
   try {
     for (const BoundSlot& bound : binding.slots) {
       if (!is_stub(bound.slot.tensor)) continue;
       if (pending.size() == kWindow) finish_oldest();
-      at::Tensor tensor = at::empty(bound.source.shape, tensor::to_torch(bound.source.dtype));
+      ReadPlace place(bound.source);
       io::ReadRequest request{bound.source.file, bound.source.offset, bound.source.size_bytes,
-                              bound.source.size_bytes,
-                              static_cast<std::byte*>(tensor.mutable_data_ptr())};
+                              bound.source.size_bytes, place.data()};
       std::vector<io::ReadRequest> requests;
       if (request.size_bytes > 0) requests.push_back(request);
-      pending.push_back({&bound, tensor, engine.submit(std::move(requests))});
+      pending.push_back({&bound, std::move(place), engine.submit(std::move(requests))});
     }
     while (!pending.empty()) finish_oldest();
   } catch (...) {

@@ -46,6 +46,13 @@ std::map<std::string, std::string> read_weight_map(const fs::path& index) {
 
 }  // namespace
 
+uint64_t StoredTensor::plain_bytes() const {
+  if (!encoding) return size_bytes;
+  auto bytes = static_cast<uint64_t>(io::item_size(dtype));
+  for (int64_t extent : shape) bytes *= static_cast<uint64_t>(extent);
+  return bytes;
+}
+
 void Checkpoint::add_file(const fs::path& path) {
   std::shared_ptr<const io::File> file = io::File::open(path);
   io::SafetensorsHeader header = io::read_safetensors_header(*file);
@@ -72,6 +79,17 @@ void Checkpoint::index_tensors() {
 std::shared_ptr<const Checkpoint> Checkpoint::open_file(const fs::path& file) {
   auto checkpoint = std::make_shared<Checkpoint>();
   checkpoint->add_file(file);
+  checkpoint->index_tensors();
+  return checkpoint;
+}
+
+std::shared_ptr<const Checkpoint> Checkpoint::of_tensors(
+    std::vector<StoredTensor> tensors, std::map<std::string, std::string> metadata,
+    std::vector<std::shared_ptr<const io::File>> files) {
+  auto checkpoint = std::make_shared<Checkpoint>();
+  checkpoint->tensors_ = std::move(tensors);
+  checkpoint->metadata_ = std::move(metadata);
+  checkpoint->files_ = std::move(files);
   checkpoint->index_tensors();
   return checkpoint;
 }

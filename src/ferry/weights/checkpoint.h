@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ferry/io/safetensors.h"
+#include "ferry/weights/encoding.h"
 
 namespace ferry::weights {
 
@@ -18,7 +19,13 @@ struct StoredTensor {
   std::vector<int64_t> shape;
   std::shared_ptr<const io::File> file;
   uint64_t offset = 0;
-  uint64_t size_bytes = 0;
+  uint64_t size_bytes = 0;  // in the file
+  // Null: the bytes in the file are the tensor's. Else decode() makes them, and no part of the
+  // tensor can be had by reading at an offset.
+  std::shared_ptr<const Encoding> encoding = nullptr;
+
+  // Bytes of the tensor in memory, as its dtype.
+  uint64_t plain_bytes() const;
 };
 
 // Immutable after opening; thread-safe.
@@ -32,6 +39,11 @@ class Checkpoint {
                                                        const std::string& base,
                                                        const std::string& variant = "");
   static std::shared_ptr<const Checkpoint> open_file(const std::filesystem::path& file);
+  // Of tensors that another format describes (lossless_pack.h). Throws FormatError for the same key
+  // twice.
+  static std::shared_ptr<const Checkpoint> of_tensors(
+      std::vector<StoredTensor> tensors, std::map<std::string, std::string> metadata,
+      std::vector<std::shared_ptr<const io::File>> files);
 
   // In the order of files and offsets.
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
@@ -39,6 +51,7 @@ class Checkpoint {
   const StoredTensor* find(const std::string& key) const;
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const std::vector<std::shared_ptr<const io::File>>& files() const { return files_; }
+  // Sum of size_bytes: what reading everything reads.
   uint64_t total_bytes() const;
 
  private:
