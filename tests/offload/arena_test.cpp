@@ -13,7 +13,7 @@ namespace {
 constexpr uint64_t kPage = Arena::kAlignment;
 
 TEST(Arena, HandsOutAlignedRangesUntilFull) {
-  Arena arena(4 * kPage);
+  Arena arena(Memory::on(at::kCPU, 4 * kPage));
   auto a = arena.allocate(1), b = arena.allocate(2 * kPage), c = arena.allocate(kPage);
   ASSERT_TRUE(a && b && c);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(arena.at(*b)) % kPage, 0u);
@@ -25,7 +25,7 @@ TEST(Arena, HandsOutAlignedRangesUntilFull) {
 }
 
 TEST(Arena, WrapsAround) {
-  Arena arena(5 * kPage);
+  Arena arena(Memory::on(at::kCPU, 5 * kPage));
   auto a = arena.allocate(2 * kPage), b = arena.allocate(2 * kPage);
   arena.release(*a);
   auto c = arena.allocate(2 * kPage);  // does not fit behind b
@@ -34,17 +34,34 @@ TEST(Arena, WrapsAround) {
 }
 
 TEST(Arena, ReleasingTwiceIsAnError) {
-  Arena arena(kPage);
+  Arena arena(Memory::on(at::kCPU, kPage));
   auto a = arena.allocate(kPage);
   arena.release(*a);
   EXPECT_THROW(arena.release(*a), Error);
+}
+
+TEST(Arena, LastingRangesComeFromTheEndAndLeaveTheRing) {
+  Arena arena(Memory::on(at::kCPU, 8 * kPage));
+  arena.set_ring_bytes(4 * kPage);
+  auto a = arena.allocate_lasting(2 * kPage), b = arena.allocate_lasting(2 * kPage);
+  ASSERT_TRUE(a && b);
+  EXPECT_EQ(*a, 6 * kPage);
+  EXPECT_EQ(*b, 4 * kPage);
+  EXPECT_FALSE(arena.allocate_lasting(5 * kPage));
+  auto c = arena.allocate(4 * kPage);
+  ASSERT_TRUE(c);
+  EXPECT_EQ(*c, 0u);
+  arena.release(*a);
+  EXPECT_FALSE(arena.ring_has_room(1));
+  EXPECT_FALSE(arena.allocate(1)) << "the ring has its share, though there is a hole";
+  EXPECT_EQ(*arena.allocate_lasting(kPage), 7 * kPage);
 }
 
 // Against a page map: ranges never overlap, and an allocation fails only if no hole is large
 // enough.
 TEST(Arena, AgreesWithAPageMap) {
   constexpr uint64_t kPages = 64;
-  Arena arena(kPages * kPage);
+  Arena arena(Memory::on(at::kCPU, kPages * kPage));
   std::vector<bool> taken(kPages, false);
   std::map<uint64_t, uint64_t> ranges;
   std::mt19937 random(7);

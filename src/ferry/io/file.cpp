@@ -74,6 +74,15 @@ std::shared_ptr<const File> File::open(const std::filesystem::path& path, System
   return file;
 }
 
+std::shared_ptr<const File> File::open_private(const std::filesystem::path& path,
+                                               const std::filesystem::path& name, System& system) {
+  std::shared_ptr<File> file = std::const_pointer_cast<File>(open(path, system));
+  file->path_ = name;
+  file->opened_.size_bytes = static_cast<uint64_t>(INT64_MAX);
+  file->private_ = true;
+  return file;
+}
+
 void File::open_direct() {
   uint64_t alignment = query_direct_alignment(buffered_fd_);
   if (alignment == 0) return;
@@ -97,6 +106,7 @@ File::~File() {
 }
 
 void File::check_unchanged() const {
+  if (private_) return;
   struct stat st {};
   if (system_->fstat(buffered_fd_, &st) != 0) {
     throw_error<IoError>("{}: cannot stat the open file: {}", path_.string(), std::strerror(errno));

@@ -29,6 +29,11 @@ class File {
   // file.
   static std::shared_ptr<const File> open(const std::filesystem::path& path,
                                           System& system = System::real());
+  // A file that nobody else can reach and that may grow: no size is held against it, and
+  // check_unchanged() does not ask. `name` is for messages.
+  static std::shared_ptr<const File> open_private(const std::filesystem::path& path,
+                                                  const std::filesystem::path& name,
+                                                  System& system = System::real());
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -63,6 +68,7 @@ class File {
   int direct_fd_ = -1;
   uint64_t direct_alignment_ = 4096;
   FileIdentity opened_;
+  bool private_ = false;
 };
 
 }  // namespace ferry::io

@@ -6,16 +6,18 @@
 
 namespace ferry::offload {
 
-namespace {
-uint64_t round_up(uint64_t value) {
-  return (value + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
-}
-}  // namespace
+Arena::Arena(Memory memory) : memory_(std::move(memory)) {}
 
-Arena::Arena(uint64_t size_bytes) : buffer_(round_up(size_bytes), kAlignment) {}
+void Arena::take(uint64_t offset, uint64_t size) {
+  taken_.emplace(offset, size);
+  used_ += size;
+  peak_ = std::max(peak_, used_);
+}
 
 std::optional<uint64_t> Arena::allocate(uint64_t size_bytes) {
   const uint64_t size = std::max(round_up(size_bytes), kAlignment);
+  if (ring_used_ + size > ring_bytes_) return std::nullopt;
+  if (ring_used_ == 0) cursor_ = 0;  // nothing to go around: the largest hole
   // The holes from `begin` on whose start is below `end`; the first that is large enough.
   auto search = [&](uint64_t begin, uint64_t end) -> std::optional<uint64_t> {
     uint64_t hole = begin;
@@ -25,28 +27,64 @@ std::optional<uint64_t> Arena::allocate(uint64_t size_bytes) {
       hole = std::max(hole, previous->first + previous->second);
     }
     for (; hole < end; ++next) {
-      uint64_t limit = next == taken_.end() ? buffer_.size_bytes() : next->first;
+      uint64_t limit = next == taken_.end() ? this->size_bytes() : next->first;
       if (limit >= hole + size) return hole;
       if (next == taken_.end()) break;
       hole = next->first + next->second;
     }
     return std::nullopt;
   };
-  std::optional<uint64_t> offset = search(cursor_, buffer_.size_bytes());
+  std::optional<uint64_t> offset = search(cursor_, this->size_bytes());
   if (!offset) offset = search(0, cursor_);
   if (!offset) return std::nullopt;
-  taken_.emplace(*offset, size);
+  take(*offset, size);
   cursor_ = *offset + size;
-  used_ += size;
-  peak_ = std::max(peak_, used_);
+  ring_used_ += size;
   return offset;
 }
 
-void Arena::release(uint64_t offset) {
+std::optional<uint64_t> Arena::allocate_lasting(uint64_t size_bytes) {
+  const uint64_t size = std::max(round_up(size_bytes), kAlignment);
+  uint64_t limit = this->size_bytes();
+  for (auto entry = taken_.rbegin(); entry != taken_.rend(); ++entry) {
+    const uint64_t end = entry->first + entry->second;
+    if (limit >= end + size) break;
+    limit = entry->first;
+  }
+  if (limit < size) return std::nullopt;
+  take(limit - size, size);
+  lasting_.insert(limit - size);
+  return limit - size;
+}
+
+void Arena::release(uint64_t offset, Fence fence) {
   auto entry = taken_.find(offset);
   if (entry == taken_.end()) throw_error<Error>("arena: offset {} was released twice", offset);
   used_ -= entry->second;
+  if (lasting_.erase(offset) == 0) ring_used_ -= entry->second;
+  if (fence) fences_.push_back({offset, offset + entry->second, std::move(fence)});
   taken_.erase(entry);
+}
+
+std::vector<Fence> Arena::take_fences(uint64_t offset) {
+  const uint64_t end = offset + taken_.at(offset);
+  std::vector<Fence> found;
+  std::vector<Fenced> left;
+  for (Fenced& fenced : fences_) {
+    if (fenced.end <= offset || fenced.begin >= end) {
+      left.push_back(std::move(fenced));
+      continue;
+    }
+    if (fenced.begin < offset) left.push_back({fenced.begin, offset, fenced.fence});
+    if (fenced.end > end) left.push_back({end, fenced.end, fenced.fence});
+    found.push_back(std::move(fenced.fence));
+  }
+  fences_ = std::move(left);
+  return found;
+}
+
+void Arena::forget_passed() {
+  std::erase_if(fences_, [](const Fenced& fenced) { return fenced.fence->query(); });
 }
 
 }  // namespace ferry::offload

@@ -1,39 +1,79 @@
-// The arena: one buffer, allocated once, through which streamed pieces flow.
+// The arena: one piece of memory, allocated once, that holds residents and through which streamed
+// pieces flow.
 #pragma once
+
+#include <c10/core/Event.h>
+#include <c10/core/Stream.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
+#include <set>
+#include <vector>
 
-#include "ferry/io/read_engine.h"
+#include "ferry/offload/memory.h"
 
 namespace ferry::offload {
 
-// Hands out ranges next-fit: in steady state that is a ring, and a range that is released out of
-// order leaves a hole instead of blocking the ring. Sizes differ freely. Not thread-safe.
+// What a later writer of a range has to wait for; null where compute is done when a call returns.
+using Fence = std::shared_ptr<const c10::Event>;
+
+// Hands out ranges of one Memory. Streamed ranges next-fit: in steady state that is a ring, and a
+// range that is released out of order leaves a hole instead of blocking the ring. Lasting ranges
+// (residents) come from the end, so that they do not split the ring. Sizes differ freely. Not
+// thread-safe.
 class Arena {
  public:
   // What every range starts on and is rounded up to; a multiple of what O_DIRECT wants.
   static constexpr uint64_t kAlignment = 4096;
+  static uint64_t round_up(uint64_t size_bytes) {
+    return (size_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
 
   Arena() = default;
-  explicit Arena(uint64_t size_bytes);
+  explicit Arena(Memory memory);
 
+  // What streamed ranges may take together; the rest is for lasting ones.
+  void set_ring_bytes(uint64_t bytes) { ring_bytes_ = bytes; }
   // The offset of a free range, or nothing if no hole is large enough.
   std::optional<uint64_t> allocate(uint64_t size_bytes);
-  // REQUIRES: `offset` came from allocate() and nothing writes there any more.
-  void release(uint64_t offset);
+  std::optional<uint64_t> allocate_lasting(uint64_t size_bytes);
+  // Whoever gets these bytes next has to wait for `fence` before it writes there.
+  // REQUIRES: `offset` came from allocate() and, without a fence, nothing uses the bytes any more.
+  void release(uint64_t offset, Fence fence = nullptr);
+  // The fences of a range that was just allocated; they are not told again.
+  std::vector<Fence> take_fences(uint64_t offset);
+  // Forgets fences that have passed.
+  void forget_passed();
 
-  std::byte* at(uint64_t offset) const { return buffer_.data() + offset; }
-  uint64_t size_bytes() const { return buffer_.size_bytes(); }
+  // Whether a streamed range of this size stays within the ring.
+  bool ring_has_room(uint64_t size_bytes) const {
+    return ring_used_ + round_up(size_bytes) <= ring_bytes_;
+  }
+
+  const Memory& memory() const { return memory_; }
+  std::byte* at(uint64_t offset) const { return memory_.data() + offset; }
+  uint64_t size_bytes() const { return memory_.size_bytes(); }
   uint64_t used_bytes() const { return used_; }
   uint64_t peak_bytes() const { return peak_; }
+  bool has_fences() const { return !fences_.empty(); }
 
  private:
-  io::AlignedBuffer buffer_;
+  struct Fenced {
+    uint64_t begin, end;
+    Fence fence;
+  };
+  void take(uint64_t offset, uint64_t size);
+
+  Memory memory_;
   std::map<uint64_t, uint64_t> taken_;  // offset -> size
-  uint64_t cursor_ = 0;                 // where the last range ended
+  std::vector<Fenced> fences_;
+  std::set<uint64_t> lasting_;          // offsets of lasting ranges
+  uint64_t ring_bytes_ = UINT64_MAX;
+  uint64_t cursor_ = 0;  // where the last streamed range ended
+  uint64_t ring_used_ = 0;
   uint64_t used_ = 0;
   uint64_t peak_ = 0;
 };

@@ -1,9 +1,12 @@
-// The engine: streams groups of weights from their checkpoint into memory, ahead of the compute and
-// under a byte budget. Knows slots and groups; no modules.
+// The engine: streams groups of weights from disk, or from pinned host memory, to where compute
+// happens, ahead of the compute and under a byte budget. Knows slots and groups; no modules.
 #pragma once
+
+#include <c10/core/Device.h>
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,6 +16,7 @@
 #include "ferry/io/read_engine.h"
 #include "ferry/offload/arena.h"
 #include "ferry/offload/plan.h"
+#include "ferry/offload/turn.h"
 #include "ferry/weights/binding.h"
 
 namespace ferry {
@@ -21,6 +25,7 @@ class Trace;
 
 namespace ferry::offload {
 
+class Carrier;
 class Client;
 
 // The slots that are leased together.
@@ -32,40 +37,64 @@ struct Group {
 };
 
 struct EngineOptions {
-  // What all weights may take together: small ones, residents and the arena. Bytes.
+  // Where compute happens. On the CPU reads land where the parameters alias them; on an accelerator
+  // they pass through pinned host memory.
+  at::Device device = at::Device(at::kCPU);
+  // What all weights may take where compute happens: small ones, residents and what streams. Bytes.
   uint64_t weights_memory_bytes = 0;
+  // Pinned host memory on an accelerator: staging for reads, and what is left of it holds groups
+  // that then need no disk. Bytes; 0 is what staging needs.
+  uint64_t host_memory_bytes = 0;
   // See PlanOptions. 0 keeps its default.
   uint64_t preferred_arena_bytes = 0;
   // Slots below this stay in memory from the start: a seek for each would cost more than they
   // weigh.
   uint64_t small_slot_bytes = 16 << 10;
-  // Off reads each group when it is leased (for tests and for measuring what reading ahead gains).
+  // About how much travels as one piece. Smaller pieces fill the arena better, larger ones cost
+  // fewer requests.
+  uint64_t piece_bytes = 32 << 20;
+  // Off brings each group when it is leased (for tests and for measuring what reading ahead gains).
   bool read_ahead = true;
   io::ReadEngineOptions read = {};
   StopToken stop = {};
   // Not owned; null is off.
   Trace* trace = nullptr;
+  // For tests of the tests: what a correct engine never does.
+  struct Faults {
+    bool skip_wait_for_copy = false;
+    bool skip_wait_for_compute = false;
+  } faults = {};
 };
 
 struct ClientOptions {
-  // Read the next pass's first groups while this pass's last ones compute. Off for components that
-  // run once (text encoders).
+  // Bring the next pass's first groups while this pass's last ones compute. Off for components that
+  // run once (text encoders). Engine::announce() knows better.
   bool wrap_around = true;
   // The groups in the order in which a pass is expected to lease them; empty: each once, in order.
   std::vector<size_t> first_order = {};
+  // Told when a slot's weight no longer equals the checkpoint and where it is kept now. Called with
+  // the engine locked.
+  std::function<void(const at::Tensor& slot, const weights::StoredTensor& source)> source_changed =
+      {};
 };
 
 struct Report {
-  uint64_t bytes_read = 0;
+  uint64_t bytes_read = 0;    // from disk
+  uint64_t bytes_copied = 0;  // to an accelerator
   uint64_t leases = 0;
-  uint64_t hits = 0;            // the group was there, or on its way, when it was leased
-  uint64_t misses = 0;          // it had to be asked for
-  uint64_t dropped = 0;         // read ahead and not used
-  double stall_seconds = 0;     // waiting for reads at a lease
-  uint64_t resident_bytes = 0;  // of the active component
+  uint64_t hits = 0;         // the group was there, or on its way, when it was leased
+  uint64_t misses = 0;       // it had to be asked for
+  uint64_t dropped = 0;      // brought and not used
+  uint64_t divergences = 0;  // passes whose order was not the expected one
+  uint64_t changed = 0;      // groups that no longer equal their checkpoint
+  double stall_seconds = 0;  // the host waiting at a lease, in all
+  double read_stall_seconds = 0;     // of it for reads
+  double request_stall_seconds = 0;  // of it for groups that had to be asked for
+  uint64_t resident_bytes = 0;       // of the active component
   uint64_t arena_bytes = 0;
   uint64_t small_bytes = 0;  // of all components
-  uint64_t peak_bytes = 0;   // the most of small + residents + arena ever held
+  uint64_t peak_bytes = 0;   // the most of small + residents + what streams ever held
+  uint64_t host_peak_bytes = 0;  // of pinned host memory
 };
 
 // Holds a group where compute happens. Move-only; may outlive neither engine nor client.
@@ -84,9 +113,9 @@ class Lease {
   size_t group_ = 0;
 };
 
-// Shared by the components of one or more pipelines; one component is active at a time, and what
-// the others held is released when another becomes active. Thread-safe: calls are serialised.
-// Passed in, never global. Must outlive its clients.
+// Shared by the components of one or more pipelines. What a component holds stays until another
+// needs the room. Thread-safe: pipelines take turns, a pass at a time. Passed in, never global.
+// Must outlive its clients.
 class Engine {
  public:
   explicit Engine(EngineOptions options);
@@ -95,19 +124,41 @@ class Engine {
   const EngineOptions& options() const { return options_; }
   const io::ReadEngine& read_engine() const { return *reader_; }
   Report report() const;
-  // Drops what is read ahead and resident of all components that have no lease out.
+  // Gives back all memory, except of groups with a lease out.
   void unload();
   void set_stop_token(StopToken stop);
+
+  // What comes next: passes of components, in order. While the last pass of one ends, the first
+  // groups of the next are brought. Replaces what was announced before; a run that goes another way
+  // is slower, never wrong.
+  struct Announced {
+    Client* client = nullptr;
+    int64_t passes = 1;
+  };
+  void announce(std::vector<Announced> next);
+  // A smaller weights budget from the next pass on. Throws BudgetError if a component cannot do
+  // with it; then nothing changes.
+  void set_weights_memory(uint64_t bytes);
 
  private:
   friend class Client;
   void activate_locked(Client& client);
+  void prepare_memory_locked();
+  void drop_memory_locked();
+  // Makes room by dropping a component that does not run; false if there is none.
+  bool evict_inactive_locked(const Client& requester);
+  Client* announced_after_locked(const Client& client) const;
+  void note_peak_locked();
 
   EngineOptions options_;
-  std::unique_ptr<io::ReadEngine> reader_;
+  Turn turn_;
   mutable std::mutex mutex_;
+  std::unique_ptr<io::ReadEngine> reader_;
+  Arena arena_;
+  std::unique_ptr<Carrier> carrier_;  // with the arena's memory
   Client* active_ = nullptr;
-  std::vector<Client*> clients_;
+  std::vector<Client*> clients_;  // least recently active first
+  std::deque<Announced> announced_;
   Report report_;
   uint64_t held_small_ = 0;
 };
@@ -115,6 +166,8 @@ class Engine {
 // One component's groups on an engine. The first order is a guess; the order that a pass really had
 // is recorded and replaces it.
 // Ownership: keeps the slots' tensors; on destruction every slot is a stub again.
+// Weights that are changed in place while leased, or replaced by set_data(), are kept: they are
+// written to a file without a name, and brought from there from then on.
 class Client {
  public:
   // Reads the small slots. Throws BudgetError if the groups cannot be streamed under the budget,
@@ -125,13 +178,18 @@ class Client {
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
 
-  // Waits until the group's slots hold their weights. Leases nest, also of one group. Throws
-  // IoError (a failed read, a checkpoint that changed), Cancelled, BudgetError (more is leased at
-  // once than the budget holds).
+  // Returns when work on the calling thread's current stream may use the group's slots. Leases
+  // nest, also of one group. Throws IoError (a failed read, a checkpoint that changed), Cancelled,
+  // BudgetError (more is leased at once than the budget holds).
   Lease lease(size_t group);
   // Around one run of the component (a step); what is leased between them is the order.
   void begin_pass();
   void end_pass(bool completed = true);
+  // Passes that run side by side and lease each group one after the other: between begin and end,
+  // what the leader leases is kept until each of `followers` other passes has leased it too.
+  void begin_lockstep(size_t followers);
+  void follow(bool following);  // whether the next leases are a follower's
+  void end_lockstep() noexcept;
   // Gives back all that is not leased.
   void unload();
 
@@ -145,34 +203,47 @@ class Client {
   struct State;
   struct Pending {  // a predicted use whose group is here or on its way
     size_t group;
-    size_t position;       // in order_
-    uint32_t skipped = 0;  // leases that came before it against the prediction
+    size_t position;        // in order_
+    uint32_t skipped = 0;   // leases that came before it against the prediction
+    bool follower = false;  // a later pass in lockstep
   };
 
   void release(size_t group) noexcept;
-  void load_small_slots();
-  void plan_locked();
-  void activate_locked();
+  void load_small_slots(std::vector<weights::BoundSlot> small);
+  Plan make_plan_locked() const;
+  void adopt_plan_locked(Plan plan);
+  // What it streams goes; what it holds for good stays until somebody needs the room.
   void deactivate_locked() noexcept;
+  void drop_all_locked() noexcept;
+  // What has no lease out; false if there was nothing.
+  bool drop_idle_locked() noexcept;
+  bool wraps_locked() const;
   // Asks for the predicted groups in turn, as long as there is room.
   void read_ahead_locked();
-  // Reserves memory for an absent group and submits its reads; false if there is no room.
+  // Before this component runs: its first groups.
+  void bring_first_locked();
+  // Reserves memory for what is missing of a group and begins to bring it; false if there is no
+  // room.
   bool start_locked(State& state);
   void start_or_evict_locked(State& state);
-  // Waits for the reads of a loading group and makes the views. Throws; then the group is absent.
-  void arrive_locked(State& state);
-  void drop_locked(State& state) noexcept;
+  void arrive_locked(State& state, std::unique_lock<std::mutex>& lock);
+  void drop_locked(State& state, bool forget_host = false) noexcept;
   void drop_if_unused_locked(State& state) noexcept;
   // Takes back the prediction that hurts least; false if there is none.
   bool evict_one_locked();
   void forget_predictions_locked() noexcept;
   void adopt_order_locked(std::vector<size_t> order);
+  // Weights that somebody gave to an idle slot.
+  bool was_replaced_locked(const State& state) const;
+  bool was_changed_locked(const State& state) const;
+  // Writes the group's weights as they are now to a file of their own, which is their source from
+  // then on. The group is absent afterwards.
+  void save_changed_locked(State& state);
 
   Engine& engine_;
   std::string name_;
   ClientOptions options_;
   std::vector<std::unique_ptr<State>> states_;
-  Arena arena_;  // empty while another component is active
   Plan plan_;
   uint64_t small_bytes_ = 0;
 
@@ -180,8 +251,12 @@ class Client {
   bool order_is_guess_ = true;
   size_t cursor_ = 0;  // the next of order_ to be asked for
   std::deque<Pending> pending_;
+  State* filling_ = nullptr;  // the last of pending_, if a part of it found no room
   std::vector<size_t> recording_;
   int pass_depth_ = 0;
+  bool plan_is_stale_ = false;  // a group that changed needs more room than it did
+  size_t followers_ = 0;
+  bool following_ = false;
 };
 
 }  // namespace ferry::offload

@@ -1,0 +1,42 @@
+// A file without a name: nothing of it is left when the process ends, however it ends.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+
+#include "ferry/io/file.h"
+
+namespace ferry::io {
+
+// Grows by appending; what was written can be read through file() at once. Not thread-safe;
+// file() is.
+class ScratchFile {
+ public:
+  // In `folder`, which is made if it is missing. Throws IoError.
+  explicit ScratchFile(const std::filesystem::path& folder, System& system = System::real());
+  ~ScratchFile();
+  ScratchFile(const ScratchFile&) = delete;
+  ScratchFile& operator=(const ScratchFile&) = delete;
+
+  // One after the other; `align` makes the next one start on a page, as O_DIRECT wants. Returns
+  // where. Throws IoError (a full disk).
+  uint64_t append(std::span<const std::byte> bytes);
+  void align();
+  const std::shared_ptr<const File>& file() const { return file_; }
+
+ private:
+  std::filesystem::path path_;  // for messages
+  System* system_;
+  int fd_ = -1;
+  uint64_t end_ = 0;
+  std::shared_ptr<const File> file_;
+};
+
+// Where files go that need not outlast the process but may be large: $FERRY_CACHE_DIR, else
+// $XDG_CACHE_HOME/ferry, else ~/.cache/ferry, else the system's temporary folder.
+std::filesystem::path cache_folder();
+
+}  // namespace ferry::io

@@ -1,0 +1,61 @@
+// Inside the engine: how pieces get to where compute happens. One carrier where that is the CPU,
+// another for accelerators; the engine above knows only this interface.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "ferry/io/read_engine.h"
+#include "ferry/offload/arena.h"
+#include "ferry/offload/engine.h"
+#include "ferry/offload/piece.h"
+
+namespace ferry::offload {
+
+// What a carrier is given by the engine; all of it outlives the carrier. Every method of a carrier
+// is called with `mutex` held.
+struct CarrierContext {
+  const EngineOptions& options;
+  io::ReadEngine& reader;
+  Arena& arena;
+  Report& report;
+  std::mutex& mutex;
+  // Called by the carrier's own thread, with the mutex held, when room was made: read ahead.
+  std::function<void()> on_room;
+};
+
+class Carrier {
+ public:
+  virtual ~Carrier() = default;
+
+  // Reserves memory for an absent piece and begins to bring it; false if there is no room. Throws
+  // IoError (the file changed since it was opened).
+  virtual bool start(Piece& piece) = 0;
+  // True if arrive() would return without waiting.
+  virtual bool has_arrived(const Piece& piece) const = 0;
+  // Returns once work that is enqueued from now on may use the piece, and its views are made.
+  // Throws what went wrong on the way; then the piece is absent.
+  virtual void arrive(Piece& piece, std::unique_lock<std::mutex>& lock) = 0;
+  // For the work enqueued so far by this thread; null where it is done already.
+  virtual Fence fence() = 0;
+  // Takes the piece's memory back once `fence` has passed; reads in flight are cancelled. What a
+  // host home holds stays unless `forget_host`.
+  virtual void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept = 0;
+  // Takes in what arrived; never waits.
+  virtual void poll() = 0;
+  // Waits until nothing that was enqueued uses the arena. Not for the step loop.
+  virtual void synchronize() = 0;
+  // Bytes of host memory held, and the most ever.
+  virtual uint64_t host_bytes() const { return 0; }
+  virtual uint64_t host_peak_bytes() const { return 0; }
+};
+
+std::unique_ptr<Carrier> make_cpu_carrier(CarrierContext context);
+std::unique_ptr<Carrier> make_device_carrier(CarrierContext context);
+
+// What both share: check the files, submit a piece's reads to `into`. Throws IoError.
+io::ReadTicketPtr submit_reads(io::ReadEngine& reader, const Piece& piece, std::byte* into);
+
+}  // namespace ferry::offload
