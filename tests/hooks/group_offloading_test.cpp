@@ -9,6 +9,7 @@
 #include <filesystem>
 
 #include "ferry/base/error.h"
+#include "ferry/hooks/lockstep.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/nn/embedding.h"
 #include "ferry/nn/linear.h"
@@ -189,6 +190,152 @@ TEST_F(GroupOffloadingTest, RemovingAndApplyingAgain) {
   auto again =
       apply_group_offloading(*net, binding, shared, {.offload_type = OffloadType::block_level});
   EXPECT_TRUE(net(ids_, false).equal(expected_));
+}
+
+TEST_F(GroupOffloadingTest, WeightsChangedBeforeAreStreamedAsTheyAre) {
+  auto [net, binding] = load();
+  auto reader = io::make_read_engine();
+  weights::load_resident(*binding, *reader);
+  std::vector<weights::Slot> slots = weights::collect_slots(*net);
+  {
+    at::NoGradGuard no_grad;
+    slots[2].tensor.mul_(1.5);                                    // in place
+    slots[5].tensor.set_data(at::randn(slots[5].shape()) * 0.2);  // replaced
+    slots[0].tensor.add_(0.1);                                    // the table
+  }
+  at::Tensor expected = net(ids_, false);
+  EXPECT_FALSE(expected.equal(expected_));
+  for (bool gather : {true, false}) {
+    auto offloading =
+        apply_group_offloading(*net, binding, engine(90 << 10), {.gather_embeddings = gather});
+    for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected));
+    offloading->remove();
+    weights::load_resident(*binding, *reader);
+    EXPECT_TRUE(net(ids_, false).equal(expected));
+  }
+}
+
+// Fuse, offload, generate, unfuse: as with weights in memory.
+TEST_F(GroupOffloadingTest, WeightsChangedWhileOffloadedAreKept) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(90 << 10));
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+  auto [resident, resident_binding] = load();
+  auto reader = io::make_read_engine();
+  weights::load_resident(*resident_binding, *reader);
+  at::NoGradGuard no_grad;
+  at::manual_seed(9);
+  for (double sign : {1.0, -1.0}) {  // exact: the addends are small powers of two
+    auto fuse = [&](nn::Module& module, auto&& lease) {
+      for (const auto& item : module.named_parameters()) {
+        if (!item.key().ends_with("first.weight")) continue;
+        auto held = lease(item.key());
+        at::Tensor weight = item.value();
+        weight.add_(at::ones_like(weight), sign * 0.25);
+      }
+    };
+    fuse(*resident, [](const std::string&) { return 0; });
+    fuse(*net, [&](const std::string& name) { return offloading->lease(name); });
+    at::Tensor expected = resident(ids_, false);
+    for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected));
+  }
+  EXPECT_EQ(offloading->engine()->report().changed, 10u);
+}
+
+TEST_F(GroupOffloadingTest, AModelWithoutACheckpointIsOffloadedToo) {
+  auto [net, binding] = load();
+  auto reader = io::make_read_engine();
+  weights::load_resident(*binding, *reader);
+  binding.reset();
+  auto offloading = apply_group_offloading(*net, nullptr, engine(90 << 10));
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected_));
+  offloading->remove();
+  EXPECT_TRUE(net(ids_, false).equal(expected_)) << "the weights are back in memory";
+  auto empty = nn::make<Net>();
+  EXPECT_THROW(apply_group_offloading(*empty, nullptr, engine(90 << 10)), ArgumentError);
+}
+
+TEST_F(GroupOffloadingTest, AnEngineOfItsOwnHoldsNoMoreThanItMust) {
+  for (auto type : {OffloadType::leaf_level, OffloadType::block_level}) {
+    uint64_t peak[2];
+    for (bool use_stream : {false, true}) {
+      auto [net, binding] = load();
+      auto offloading = apply_group_offloading(
+          *net, binding, GroupOffloadingConfig{.offload_type = type, .use_stream = use_stream});
+      for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(net(ids_, false).equal(expected_));
+      offload::Report report = offloading->engine()->report();
+      EXPECT_EQ(report.misses > 0, !use_stream);
+      peak[use_stream] = report.peak_bytes;
+    }
+    EXPECT_LT(peak[0], peak[1]);
+  }
+}
+
+TEST_F(GroupOffloadingTest, OptionsThatMeanNothingAreRefused) {
+  auto [net, binding] = load();
+  EXPECT_THROW(apply_group_offloading(*net, binding, engine(90 << 10), {.num_blocks_per_group = 0}),
+               ArgumentError);
+  EXPECT_THROW(apply_group_offloading(*net, binding, engine(90 << 10),
+                                      {.offload_device = at::Device(at::kMeta)}),
+               ArgumentError);
+  EXPECT_THROW(apply_group_offloading(*net, binding, engine(90 << 10),
+                                      {.onload_device = at::Device(at::kMeta)}),
+               ArgumentError);
+}
+
+TEST_F(GroupOffloadingTest, MovingAndCastingIsRefusedWhileItIsOn) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(90 << 10));
+  EXPECT_THROW(net->to(at::kBFloat16), ArgumentError);
+  EXPECT_THROW(net->to(at::Device(at::kCPU)), ArgumentError);
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+  offloading->remove();
+  net->to(at::kBFloat16);
+}
+
+TEST_F(GroupOffloadingTest, LockstepReadsEachGroupOnceForAllPasses) {
+  auto [net, binding] = load();
+  at::Tensor other_ids = at::randint(100, {1, 11});
+  auto reader = io::make_read_engine();
+  auto [resident, resident_binding] = load();
+  weights::load_resident(*resident_binding, *reader);
+  at::Tensor expected_other = resident(other_ids, false);
+
+  for (auto type : {OffloadType::leaf_level, OffloadType::block_level}) {
+    auto offloading =
+        apply_group_offloading(*net, binding, engine(100 << 10), {.offload_type = type});
+    for (int pass = 0; pass < 2; ++pass) net(ids_, false);
+    auto bytes = [&] { return offloading->engine()->report().bytes_read; };
+    const uint64_t before = bytes();
+    net(ids_, false);
+    // A group more or less may be on its way at the end of a pass.
+    const uint64_t one_pass = bytes() - before + (44 << 10);
+    for (int step = 0; step < 3; ++step) {
+      const uint64_t begin = bytes();
+      at::Tensor a, b;
+      run_lockstep({offloading.get()},
+                   {[&] { a = net(ids_, false); }, [&] { b = net(other_ids, false); }});
+      EXPECT_TRUE(a.equal(expected_));
+      EXPECT_TRUE(b.equal(expected_other));
+      EXPECT_LE(bytes() - begin, one_pass) << "step " << step;
+    }
+    // A pass that leaves layers out costs some of the saving, no more.
+    at::Tensor a, b, c;
+    run_lockstep({offloading.get()},
+                 {[&] { a = net(ids_, false); }, [&] { b = net(other_ids, false); },
+                  [&] { c = net(ids_, true); }});
+    EXPECT_TRUE(a.equal(expected_));
+    EXPECT_TRUE(b.equal(expected_other));
+    EXPECT_TRUE(c.equal(expected_skip_));
+    // An error in one pass unwinds the others, and all goes on.
+    EXPECT_THROW(run_lockstep({offloading.get()}, {[&] { net(ids_, false); },
+                                                   [&] {
+                                                     net(at::full({1, 2}, 1000, at::kLong), false);
+                                                   }}),
+                 std::exception);
+    EXPECT_TRUE(net(ids_, false).equal(expected_));
+    offloading->remove();
+  }
 }
 
 TEST_F(GroupOffloadingTest, UnknownNamesAreRefused) {

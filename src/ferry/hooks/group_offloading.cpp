@@ -6,8 +6,12 @@
 #include <unordered_set>
 
 #include "ferry/base/error.h"
+#include "ferry/base/fiber.h"
+#include "ferry/base/log.h"
 #include "ferry/hooks/row_reader.h"
 #include "ferry/nn/embedding.h"
+#include "ferry/tensor/dtype.h"
+#include "ferry/weights/private_file.h"
 #include "ferry/weights/stub.h"
 
 namespace ferry::hooks {
@@ -24,6 +28,7 @@ class PassHook : public nn::ModuleHook {
   void before(nn::Module&) override { client_.begin_pass(); }
   void after(nn::Module&) override { client_.end_pass(true); }
   void failed(nn::Module&) noexcept override { client_.end_pass(false); }
+  bool moves_weights() const override { return true; }
 
  private:
   offload::Client& client_;
@@ -40,7 +45,11 @@ class LeaseHook : public nn::ModuleHook {
     for (size_t group : groups_) leases.push_back(client_.lease(group));
     held_.push_back(std::move(leases));
   }
-  void after(nn::Module&) override { held_.pop_back(); }
+  void after(nn::Module&) override {
+    held_.pop_back();
+    // In lockstep the other passes use these groups now (lockstep.h).
+    Fiber::yield();
+  }
   void failed(nn::Module&) noexcept override { held_.pop_back(); }
 
  private:
@@ -89,6 +98,16 @@ class Grouping {
   std::vector<std::pair<nn::Module*, std::vector<size_t>>> leases;
   std::vector<const weights::BoundSlot*> excluded;
   std::vector<std::pair<nn::Embedding*, const weights::BoundSlot*>> tables;
+
+  std::optional<size_t> group_of(const weights::BoundSlot& slot) const {
+    auto group = group_of_.find(static_cast<size_t>(&slot - binding_->slots.data()));
+    return group == group_of_.end() ? std::nullopt : std::optional(group->second);
+  }
+
+  // Whether the slot is of an excluded module, whose weights stay in memory.
+  bool stays(const weights::BoundSlot& slot) const {
+    return std::find(excluded.begin(), excluded.end(), &slot) != excluded.end();
+  }
 
   void build(uint64_t small_slot_bytes) {
     if (config_.gather_embeddings) find_tables(small_slot_bytes);
@@ -258,7 +277,80 @@ void GroupOffloading::remove() {
   for (nn::Module* module : row_sources_)
     static_cast<nn::Embedding*>(module)->set_row_source(nullptr);
   row_sources_.clear();
+  if (!client_) return;
   client_.reset();
+  if (!only_in_memory_) return;
+  try {
+    auto reader = io::make_read_engine();
+    weights::load_resident(*binding_, *reader);
+  } catch (const std::exception& error) {
+    log::error("the weights could not be brought back into memory: {}", error.what());
+  }
+}
+
+namespace {
+
+void check_options(const GroupOffloadingConfig& config, at::Device device,
+                   const std::string& name) {
+  if (config.num_blocks_per_group < 1) {
+    throw_error<ArgumentError>("{}: num_blocks_per_group is {}; at least 1 is meant", name,
+                               config.num_blocks_per_group);
+  }
+  if (!config.offload_device.is_cpu()) {
+    throw_error<ArgumentError>(
+        "{}: offload_device is {}; weights wait on the CPU, or on disk with offload_to_disk_path",
+        name, config.offload_device.str());
+  }
+  if (config.onload_device && *config.onload_device != device) {
+    throw_error<ArgumentError>("{}: onload_device is {}, but the engine computes on {}", name,
+                               config.onload_device->str(), device.str());
+  }
+}
+
+// Weights that are in memory and are not what the checkpoint holds (changed, or never bound) get a
+// source of their own; all give their memory back.
+void settle_loaded(weights::Binding& binding, const Grouping& grouping, at::Device device) {
+  for (weights::BoundSlot& bound : binding.slots) {
+    at::Tensor tensor = bound.slot.tensor;
+    const bool stays = grouping.stays(bound);
+    if (!weights::is_stub(tensor)) {
+      if (!stays && !weights::is_as_read(bound))
+        bound.source = weights::write_private_file({bound}, {tensor}).front();
+    } else if (stays) {
+      tensor.set_data(weights::read_tensor(bound));
+    }
+    if (stays) {
+      tensor.set_data(tensor.detach().to(device));
+    } else {
+      tensor.set_data(weights::make_stub(tensor.sizes(), tensor.scalar_type(), device));
+    }
+  }
+}
+
+// Of a model that was made in memory: every slot, without a source so far.
+std::shared_ptr<weights::Binding> bind_memory(nn::Module& root, const std::string& name) {
+  auto binding = std::make_shared<weights::Binding>();
+  for (const weights::Slot& slot : weights::collect_slots(root)) {
+    if (weights::is_stub(slot.tensor)) {
+      throw_error<ArgumentError>("{}: '{}' has no weight and no checkpoint to read it from", name,
+                                 slot.name());
+    }
+    weights::BoundSlot bound{slot, {}};
+    bound.source.key = slot.name();
+    bound.source.shape = slot.shape().vec();
+    bound.source.dtype = tensor::from_torch(slot.dtype());
+    binding->slots.push_back(std::move(bound));
+  }
+  return binding;
+}
+
+}  // namespace
+
+offload::Lease GroupOffloading::lease(const std::string& name) {
+  auto group = groups_.find(name);
+  if (group == groups_.end())
+    throw_error<ArgumentError>("{}: there is no weight named '{}'", client_->name(), name);
+  return group->second ? client_->lease(*group->second) : offload::Lease();
 }
 
 std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
@@ -270,29 +362,39 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
     throw_error<ArgumentError>(
         "{}: group offloading is on already; remove it first to change its options", name);
   }
-  if (!binding)
-    throw_error<ArgumentError>("{}: has no checkpoint to stream from; save and load it first",
-                               name);
+  const at::Device device = engine->options().device;
+  check_options(config, device, name);
+  const bool only_in_memory = !binding;
+  if (only_in_memory) binding = bind_memory(root, name);
 
+  {
+    Grouping grouping(root, *binding, config);
+    grouping.build(engine->options().small_slot_bytes);
+    settle_loaded(*binding, grouping, device);
+  }
+  // Again, with the sources as they are now.
   Grouping grouping(root, *binding, config);
   grouping.build(engine->options().small_slot_bytes);
-  // Weights that were loaded before give their memory back.
-  for (const weights::BoundSlot& bound : binding->slots) {
-    at::Tensor tensor = bound.slot.tensor;
-    if (!weights::is_stub(tensor))
-      tensor.set_data(weights::make_stub(tensor.sizes(), tensor.scalar_type()));
-  }
-  for (const weights::BoundSlot* bound : grouping.excluded) {
-    at::Tensor tensor = bound->slot.tensor;
-    tensor.set_data(weights::read_tensor(*bound));
-  }
 
   auto offloading = std::make_shared<GroupOffloading>();
   offloading->engine_ = engine;
-  offloading->binding_ = std::move(binding);
-  offload::ClientOptions options{.wrap_around = config.wrap_around, .first_order = {}};
+  offloading->binding_ = binding;
+  offloading->only_in_memory_ = only_in_memory;
+  offload::ClientOptions options{.wrap_around = config.wrap_around,
+                                 .read_ahead = config.use_stream,
+                                 .first_order = {},
+                                 .source_changed = {}};
   for (const auto& [module, groups] : grouping.leases) {
     options.first_order.insert(options.first_order.end(), groups.begin(), groups.end());
+  }
+  options.source_changed = [binding](const at::Tensor& slot, const weights::StoredTensor& source) {
+    for (weights::BoundSlot& bound : binding->slots) {
+      if (bound.slot.tensor.is_same(slot)) bound.source = source;
+    }
+  };
+  for (const weights::BoundSlot& bound : binding->slots) {
+    for (const std::string& slot : bound.slot.names)
+      offloading->groups_[slot] = grouping.group_of(bound);
   }
   offloading->client_ =
       std::make_unique<offload::Client>(*engine, name, std::move(grouping.groups), options);
@@ -307,6 +409,20 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
     offloading->hooked_.push_back(module);
   }
   return offloading;
+}
+
+std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
+                                                        std::shared_ptr<weights::Binding> binding,
+                                                        const GroupOffloadingConfig& config,
+                                                        const std::string& name) {
+  offload::EngineOptions options;
+  options.device = config.onload_device.value_or(at::Device(at::kCPU));
+  options.read_ahead = config.use_stream;
+  // Host memory for all weights, unless they are to come from disk.
+  if (!options.device.is_cpu() && !config.low_cpu_mem_usage && !config.offload_to_disk_path)
+    options.host_memory_bytes = offload::EngineOptions::kAllWeights;
+  return apply_group_offloading(root, std::move(binding),
+                                std::make_shared<offload::Engine>(options), config, name);
 }
 
 }  // namespace ferry::hooks

@@ -34,7 +34,10 @@ at::Tensor RowReader::gather(const at::Tensor& ids) {
   }
   std::vector<int64_t> result(ids.sizes().begin(), ids.sizes().end());
   result.insert(result.end(), shape.begin() + 1, shape.end());
-  return table.to(bound_.slot.dtype()).index_select(0, inverse).reshape(result);
+  return table.to(bound_.slot.dtype())
+      .index_select(0, inverse)
+      .reshape(result)
+      .to(bound_.slot.tensor.device());
 }
 
 }  // namespace ferry::hooks

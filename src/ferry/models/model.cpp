@@ -22,8 +22,6 @@ namespace ferry::models {
 namespace {
 
 constexpr const char* kLoadHook = "load_weights";
-// Where this hook (hooks/group_offloading.cpp) is attached, weights come with each lease.
-constexpr const char* kOffloadHook = "group_offloading.pass";
 
 // Reads the weights at the first call. Stays attached, so that a model whose offloading was removed
 // loads again; a look at each slot is cheap beside a forward.
@@ -31,7 +29,7 @@ class LoadHook : public nn::ModuleHook {
  public:
   void before(nn::Module& module) override {
     auto& model = static_cast<Model&>(module);
-    if (!model.find_hook(kOffloadHook) && !model.weights_loaded()) model.load_weights();
+    if (!model.weights_are_offloaded() && !model.weights_loaded()) model.load_weights();
   }
 };
 

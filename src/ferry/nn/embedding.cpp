@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "ferry/weights/stub.h"
+
 namespace ferry::nn {
 
 Embedding::Embedding(int64_t num_embeddings, int64_t embedding_dim) {
@@ -9,7 +11,8 @@ Embedding::Embedding(int64_t num_embeddings, int64_t embedding_dim) {
 }
 
 at::Tensor Embedding::forward(const at::Tensor& ids) {
-  if (row_source_) return row_source_->gather(ids.to(at::kLong));
+  // A table that somebody gave to the module since then comes first.
+  if (row_source_ && weights::is_stub(weight)) return row_source_->gather(ids.to(at::kLong));
   return at::embedding(weight, ids);
 }
 

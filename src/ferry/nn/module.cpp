@@ -46,17 +46,33 @@ void convert_own_tensors(torch::nn::Module& module, std::optional<at::Device> de
 
 }  // namespace
 
+bool Module::weights_are_offloaded() const {
+  return std::any_of(hooks_.begin(), hooks_.end(),
+                     [](const auto& entry) { return entry.second->moves_weights(); });
+}
+
+void Module::check_may_move() const {
+  if (!weights_are_offloaded()) return;
+  throw ArgumentError(
+      "group offloading is on, so the weights move by themselves; remove it first, or load with "
+      "the "
+      "dtype and device that are wanted");
+}
+
 void Module::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  check_may_move();
   for (auto& child : children()) child->to(device, dtype, non_blocking);
   convert_own_tensors(*this, device, dtype, non_blocking);
 }
 
 void Module::to(torch::Dtype dtype, bool non_blocking) {
+  check_may_move();
   for (auto& child : children()) child->to(dtype, non_blocking);
   convert_own_tensors(*this, std::nullopt, dtype, non_blocking);
 }
 
 void Module::to(torch::Device device, bool non_blocking) {
+  check_may_move();
   for (auto& child : children()) child->to(device, non_blocking);
   convert_own_tensors(*this, device, std::nullopt, non_blocking);
 }

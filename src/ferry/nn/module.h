@@ -30,6 +30,8 @@ class ModuleHook {
   // The tensors that the body returned, in order; called before after(), if wants_outputs().
   virtual void outputs(Module& module, const std::vector<at::Tensor>& tensors) {}
   virtual bool wants_outputs() const { return false; }
+  // The module's weights come and go by this hook: to() must not touch them, nor anyone load them.
+  virtual bool moves_weights() const { return false; }
 };
 
 // Ownership: modules are held by shared_ptr (Ptr below) and registered with their parent, as in
@@ -45,13 +47,16 @@ class Module : public torch::nn::Module {
   // Returns whether there was one.
   bool remove_hook(const std::string& name);
   std::shared_ptr<ModuleHook> find_hook(const std::string& name) const;
+  // Whether a hook here moves the weights.
+  bool weights_are_offloaded() const;
 
   // The call point: runs the hooks around `body`. Every public entry of a module goes through it,
   // forward() by way of Ptr's operator(), others (encode, decode) by calling it themselves.
   template <class Body>
   std::invoke_result_t<Body> call(Body&& body);
 
-  // As torch::nn::Module::to, but a stub stays a stub (of the new dtype and device).
+  // As torch::nn::Module::to, but a stub stays a stub (of the new dtype and device). Throws
+  // ArgumentError while a hook moves the weights.
   void to(torch::Device device, torch::Dtype dtype, bool non_blocking = false) override;
   void to(torch::Dtype dtype, bool non_blocking = false) override;
   void to(torch::Device device, bool non_blocking = false) override;
@@ -65,6 +70,7 @@ class Module : public torch::nn::Module {
 
  private:
   class HookScope;
+  void check_may_move() const;
   std::vector<std::pair<std::string, std::shared_ptr<ModuleHook>>> hooks_;
 };
 

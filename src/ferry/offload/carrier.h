@@ -24,6 +24,7 @@ struct CarrierContext {
   std::mutex& mutex;
   // Called by the carrier's own thread, with the mutex held, when room was made: read ahead.
   std::function<void()> on_room;
+  uint64_t host_memory_bytes = 0;  // pinned; accelerators only
 };
 
 class Carrier {

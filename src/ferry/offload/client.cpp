@@ -79,7 +79,6 @@ void Client::load_small_slots(std::vector<weights::BoundSlot> small) {
 }
 
 Plan Client::make_plan_locked() const {
-  const uint64_t budget = engine_.options_.weights_memory_bytes;
   const bool on_accelerator = !engine_.options_.device.is_cpu();
   std::vector<GroupCost> costs;
   for (const auto& state : states_) {
@@ -93,6 +92,14 @@ Plan Client::make_plan_locked() const {
     costs.push_back(std::move(cost));
   }
   const uint64_t least = engine_.held_small_ + smallest_budget(costs);
+  uint64_t budget = engine_.options_.weights_memory_bytes;
+  if (budget == 0) {
+    uint64_t largest = 0;
+    for (const GroupCost& cost : costs) {
+      if (!cost.keep_resident) largest = std::max(largest, cost.arena_bytes);
+    }
+    budget = Arena::round_up(least) + (options_.read_ahead ? largest : 0);
+  }
   if (budget < least) {
     throw_error<BudgetError>(
         "{}: a weights budget of {} is too small: {} of small tensors stay in memory, and the "
@@ -100,8 +107,8 @@ Plan Client::make_plan_locked() const {
         name_, format_bytes(budget), format_bytes(engine_.held_small_),
         format_bytes(smallest_budget(costs)), format_bytes_up(least));
   }
-  PlanOptions options{.budget_bytes = (budget - engine_.held_small_) / Arena::kAlignment *
-                                      Arena::kAlignment};
+  PlanOptions options{.budget_bytes =
+                          (budget - engine_.held_small_) / Arena::kAlignment * Arena::kAlignment};
   if (engine_.options_.preferred_arena_bytes > 0)
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
   Plan plan = make_plan(costs, options);
@@ -285,7 +292,8 @@ bool Client::wraps_locked() const {
 
 void Client::read_ahead_locked() {
   engine_.carrier_->poll();
-  if (!engine_.options_.read_ahead || (pass_depth_ == 0 && order_is_guess_)) return;
+  if (!engine_.options_.read_ahead || !options_.read_ahead || (pass_depth_ == 0 && order_is_guess_))
+    return;
   if (filling_) {
     if (!start_locked(*filling_)) return;
     filling_ = nullptr;
@@ -362,8 +370,8 @@ bool Client::start_locked(State& state) {
     Piece& piece = state.pieces[state.started];
     while (!engine_.carrier_->start(piece)) {
       const bool own_limit =
-          !piece.resident && !engine_.arena_.ring_has_room(piece.arriving_footprint(
-                                 !engine_.options_.device.is_cpu()));
+          !piece.resident && !engine_.arena_.ring_has_room(
+                                 piece.arriving_footprint(!engine_.options_.device.is_cpu()));
       if (own_limit || !engine_.evict_inactive_locked(*this)) {
         engine_.note_peak_locked();
         return false;
@@ -411,7 +419,8 @@ void Client::arrive_locked(State& state, std::unique_lock<std::mutex>& lock) {
   for (Piece& piece : state.pieces) {
     piece.attach();
     for (const SlotPlace& slot : piece.slots)
-      state.versions.push_back(slot.tensor.unsafeGetTensorImpl()->version_counter().current_version());
+      state.versions.push_back(
+          slot.tensor.unsafeGetTensorImpl()->version_counter().current_version());
   }
   state.attached = true;
 }
@@ -479,13 +488,14 @@ void Client::save_changed_locked(State& state) {
     }
     values.push_back(value);
   }
-  std::vector<weights::StoredTensor> stored = weights::write_private_file(state.group.slots, values);
+  std::vector<weights::StoredTensor> stored =
+      weights::write_private_file(state.group.slots, values);
   drop_locked(state, /*forget_host=*/true);
   for (size_t i = 0; i < stored.size(); ++i) {
     weights::BoundSlot& bound = state.group.slots[i];
     bound.source = stored[i];
-    bound.slot.tensor.set_data(weights::make_stub(bound.slot.shape(), values[i].scalar_type(),
-                                                  engine_.options_.device));
+    bound.slot.tensor.set_data(
+        weights::make_stub(bound.slot.shape(), values[i].scalar_type(), engine_.options_.device));
     if (options_.source_changed) options_.source_changed(bound.slot.tensor, bound.source);
   }
   auto footprint = [&] {

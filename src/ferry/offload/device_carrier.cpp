@@ -31,8 +31,10 @@ class DeviceCarrier final : public Carrier {
       : context_(std::move(context)),
         guard_(context_.options.device.type()),
         copy_stream_(guard_.getStreamFromGlobalPool(context_.options.device)),
-        host_(Memory::pinned_for(context_.options.device, context_.options.host_memory_bytes)) {
-    host_.set_ring_bytes(context_.options.host_memory_bytes);
+        host_(Memory::pinned_for(context_.options.device, context_.host_memory_bytes)) {
+    host_.set_ring_bytes(context_.host_memory_bytes);
+    // The arena's memory belongs to the stream that was current when it was allocated.
+    fence()->block(copy_stream_);
     thread_ = std::thread([this] { run(); });
   }
 

@@ -59,7 +59,8 @@ Report Engine::report() const {
   Report report = report_;
   report.bytes_read = reader_->bytes_read();
   report.small_bytes = held_small_;
-  if (carrier_) report.host_peak_bytes = std::max(report.host_peak_bytes, carrier_->host_peak_bytes());
+  if (carrier_)
+    report.host_peak_bytes = std::max(report.host_peak_bytes, carrier_->host_peak_bytes());
   return report;
 }
 
@@ -119,16 +120,23 @@ void Engine::drop_memory_locked() {
 void Engine::prepare_memory_locked() {
   uint64_t wanted = 0;
   uint64_t largest_read = 0;
+  uint64_t all_read = 0;
   for (Client* client : clients_) {
     client->adopt_plan_locked(client->make_plan_locked());
-    wanted += client->plan_.peak_bytes();
+    const uint64_t peak = client->plan_.peak_bytes();
+    wanted = options_.weights_memory_bytes == 0 ? std::max(wanted, peak) : wanted + peak;
     for (const auto& state : client->states_) {
-      for (const Piece& piece : state->pieces)
-        largest_read = std::max(largest_read, Arena::round_up(piece.read_bytes) +
-                                                  Arena::round_up(piece.convert_bytes));
+      for (const Piece& piece : state->pieces) {
+        const uint64_t bytes = piece.arriving_footprint(/*on_accelerator=*/false);
+        largest_read = std::max(largest_read, bytes);
+        all_read += bytes;
+      }
     }
   }
-  const uint64_t allowed = (options_.weights_memory_bytes - held_small_) / Arena::kAlignment * Arena::kAlignment;
+  const uint64_t allowed =
+      options_.weights_memory_bytes == 0
+          ? wanted
+          : (options_.weights_memory_bytes - held_small_) / Arena::kAlignment * Arena::kAlignment;
   wanted = std::min(wanted, allowed);
   if (carrier_ && arena_.size_bytes() >= wanted && arena_.size_bytes() <= allowed) return;
   for (Client* client : clients_) client->drop_all_locked();
@@ -148,12 +156,15 @@ void Engine::prepare_memory_locked() {
     return;
   }
   constexpr uint64_t kStaging = 256ull << 20;
-  if (options_.host_memory_bytes == 0)
-    options_.host_memory_bytes = std::min(std::max(2 * largest_read, kStaging), std::max(wanted, 2 * largest_read));
-  if (options_.host_memory_bytes < largest_read) {
+  const uint64_t staging = std::max(2 * largest_read, std::min(kStaging, all_read));
+  context.host_memory_bytes = options_.host_memory_bytes;
+  if (options_.host_memory_bytes == 0) context.host_memory_bytes = staging;
+  if (options_.host_memory_bytes == EngineOptions::kAllWeights)
+    context.host_memory_bytes = all_read + staging;
+  if (context.host_memory_bytes < largest_read) {
     throw_error<BudgetError>(
         "a host memory budget of {} is too small: the largest piece passes through {} of it",
-        format_bytes(options_.host_memory_bytes), format_bytes(largest_read));
+        format_bytes(context.host_memory_bytes), format_bytes_up(largest_read));
   }
   carrier_ = make_device_carrier(std::move(context));
 }

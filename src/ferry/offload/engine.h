@@ -37,13 +37,17 @@ struct Group {
 };
 
 struct EngineOptions {
+  static constexpr uint64_t kAllWeights = UINT64_MAX;
+
   // Where compute happens. On the CPU reads land where the parameters alias them; on an accelerator
   // they pass through pinned host memory.
   at::Device device = at::Device(at::kCPU);
   // What all weights may take where compute happens: small ones, residents and what streams. Bytes.
+  // 0: as little as each component can do with, and as much again as its largest group takes to
+  // read ahead.
   uint64_t weights_memory_bytes = 0;
   // Pinned host memory on an accelerator: staging for reads, and what is left of it holds groups
-  // that then need no disk. Bytes; 0 is what staging needs.
+  // that then need no disk. Bytes; 0 is what staging needs, kAllWeights has room for them all.
   uint64_t host_memory_bytes = 0;
   // See PlanOptions. 0 keeps its default.
   uint64_t preferred_arena_bytes = 0;
@@ -70,6 +74,8 @@ struct ClientOptions {
   // Bring the next pass's first groups while this pass's last ones compute. Off for components that
   // run once (text encoders). Engine::announce() knows better.
   bool wrap_around = true;
+  // Off brings each group of this component when it is leased.
+  bool read_ahead = true;
   // The groups in the order in which a pass is expected to lease them; empty: each once, in order.
   std::vector<size_t> first_order = {};
   // Told when a slot's weight no longer equals the checkpoint and where it is kept now. Called with
@@ -82,18 +88,18 @@ struct Report {
   uint64_t bytes_read = 0;    // from disk
   uint64_t bytes_copied = 0;  // to an accelerator
   uint64_t leases = 0;
-  uint64_t hits = 0;         // the group was there, or on its way, when it was leased
-  uint64_t misses = 0;       // it had to be asked for
-  uint64_t dropped = 0;      // brought and not used
-  uint64_t divergences = 0;  // passes whose order was not the expected one
-  uint64_t changed = 0;      // groups that no longer equal their checkpoint
-  double stall_seconds = 0;  // the host waiting at a lease, in all
+  uint64_t hits = 0;                 // the group was there, or on its way, when it was leased
+  uint64_t misses = 0;               // it had to be asked for
+  uint64_t dropped = 0;              // brought and not used
+  uint64_t divergences = 0;          // passes whose order was not the expected one
+  uint64_t changed = 0;              // groups that no longer equal their checkpoint
+  double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
   uint64_t resident_bytes = 0;       // of the active component
   uint64_t arena_bytes = 0;
-  uint64_t small_bytes = 0;  // of all components
-  uint64_t peak_bytes = 0;   // the most of small + residents + what streams ever held
+  uint64_t small_bytes = 0;      // of all components
+  uint64_t peak_bytes = 0;       // the most of small + residents + what streams ever held
   uint64_t host_peak_bytes = 0;  // of pinned host memory
 };
 

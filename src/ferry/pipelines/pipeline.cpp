@@ -5,10 +5,12 @@
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
+#include "ferry/hooks/lockstep.h"
 #include "ferry/io/atomic_file.h"
 #include "ferry/io/json_file.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/tensor/dtype.h"
+#include "ferry/weights/slot.h"
 
 namespace ferry::pipelines {
 
@@ -252,8 +254,8 @@ void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> en
       if (!component.model || !component.model->binding()) continue;
       hooks::GroupOffloadingConfig own = config;
       own.wrap_around = config.wrap_around && runs_every_step(name);
-      offloading_.push_back(hooks::apply_group_offloading(
-          *component.model, component.model->binding(), engine, own, name));
+      offloading_[name] = hooks::apply_group_offloading(
+          *component.model, component.model->binding(), engine, own, name);
     }
   } catch (...) {
     offloading_.clear();
@@ -271,6 +273,61 @@ void DiffusionPipeline::set_memory_budget(uint64_t weights_memory_bytes) {
   offload::EngineOptions options;
   options.weights_memory_bytes = weights_memory_bytes;
   enable_group_offload(std::make_shared<offload::Engine>(options));
+}
+
+void DiffusionPipeline::enable_model_cpu_offload(at::Device device) {
+  offload::EngineOptions options;
+  options.device = device;
+  options.host_memory_bytes = device.is_cpu() ? 0 : offload::EngineOptions::kAllWeights;
+  // The largest component whole, beside the small weights of all of them; and what the pieces are
+  // rounded up to.
+  uint64_t largest = 0, small = 0;
+  for (const auto& [name, component] : components_) {
+    if (!component.model) continue;
+    uint64_t bytes = 0;
+    for (const weights::Slot& slot : weights::collect_slots(*component.model)) {
+      const uint64_t size = slot.size_bytes();
+      if (size < options.small_slot_bytes) {
+        small += size;
+      } else {
+        constexpr uint64_t kRoundingOfASlot = 12 << 10;
+        bytes += size + kRoundingOfASlot;
+      }
+    }
+    largest = std::max(largest, bytes);
+  }
+  options.weights_memory_bytes = largest + small;
+  enable_group_offload(std::make_shared<offload::Engine>(options), {.gather_embeddings = false});
+}
+
+void DiffusionPipeline::enable_sequential_cpu_offload(at::Device device) {
+  offload::EngineOptions options;
+  options.device = device;
+  options.host_memory_bytes = device.is_cpu() ? 0 : offload::EngineOptions::kAllWeights;
+  options.read_ahead = false;
+  enable_group_offload(std::make_shared<offload::Engine>(options), {.use_stream = false});
+}
+
+void DiffusionPipeline::announce(const std::vector<std::pair<std::string, int64_t>>& passes) {
+  if (!engine_) return;
+  std::vector<offload::Engine::Announced> next;
+  for (const auto& [name, count] : passes) {
+    auto offloading = offloading_.find(name);
+    if (offloading != offloading_.end()) next.push_back({&offloading->second->client(), count});
+  }
+  engine_->announce(std::move(next));
+}
+
+void DiffusionPipeline::run_together(const std::vector<std::string>& components,
+                                     std::vector<std::function<void()>> passes) {
+  std::vector<hooks::GroupOffloading*> offloaded;
+  for (const std::string& name : components) {
+    auto offloading = offloading_.find(name);
+    if (offloading != offloading_.end()) offloaded.push_back(offloading->second.get());
+  }
+  if (passes.size() > 1 && !offloaded.empty())
+    return hooks::run_lockstep(offloaded, std::move(passes));
+  for (const std::function<void()>& pass : passes) pass();
 }
 
 }  // namespace ferry::pipelines

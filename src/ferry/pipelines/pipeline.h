@@ -140,6 +140,11 @@ class DiffusionPipeline {
   void disable_group_offload();
   // The same with an engine of its own: all weights together take at most this.
   void set_memory_budget(uint64_t weights_memory_bytes);
+  // diffusers' calls of these names. Each component whole on `device` while it runs, the others
+  // wait (in pinned host memory; on disk where `device` is the CPU):
+  void enable_model_cpu_offload(at::Device device = at::Device(at::kCPU));
+  // and each layer by itself, when it is needed: least memory, slowest.
+  void enable_sequential_cpu_offload(at::Device device = at::Device(at::kCPU));
   // Null while weights are resident.
   const std::shared_ptr<offload::Engine>& engine() const { return engine_; }
 
@@ -149,12 +154,19 @@ class DiffusionPipeline {
   virtual bool runs_every_step(const std::string& component) const {
     return component == "transformer";
   }
+  // Tells the engine which components run next, how often and in which order, so that each is
+  // brought while the one before it ends. Names that are not offloaded are passed over.
+  void announce(const std::vector<std::pair<std::string, int64_t>>& passes);
+  // Runs passes through `components` so that streamed weights cross once for all of them; one after
+  // the other where nothing is offloaded. The results are the same.
+  void run_together(const std::vector<std::string>& components,
+                    std::vector<std::function<void()>> passes);
 
  private:
   std::map<std::string, Component> components_;
   nlohmann::ordered_json config_;
   std::shared_ptr<offload::Engine> engine_;
-  std::vector<std::shared_ptr<hooks::GroupOffloading>>
+  std::map<std::string, std::shared_ptr<hooks::GroupOffloading>>
       offloading_;  // before components_ in destruction
 };
 

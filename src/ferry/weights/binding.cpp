@@ -128,6 +128,20 @@ struct ReadPlace {
 
 }  // namespace
 
+namespace {
+c10::weak_intrusive_ptr<c10::StorageImpl> storage_of(const at::Tensor& tensor) {
+  return tensor.storage().getWeakStorageImpl();
+}
+uint32_t version_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+}  // namespace
+
+bool is_as_read(const BoundSlot& bound) {
+  return bound.read_storage == storage_of(bound.slot.tensor) &&
+         bound.read_version == version_of(bound.slot.tensor);
+}
+
 at::Tensor read_stored(const StoredTensor& source) {
   c10::InferenceMode off(false);
   ReadPlace place(source);
@@ -147,7 +161,7 @@ void load_resident(Binding& binding, io::ReadEngine& engine) {
   // what a cast or an encoding holds twice.
   constexpr size_t kWindow = 16;
   struct Pending {
-    const BoundSlot* bound;
+    BoundSlot* bound;
     ReadPlace place;
     io::ReadTicketPtr ticket;
   };
@@ -158,9 +172,11 @@ void load_resident(Binding& binding, io::ReadEngine& engine) {
     engine.wait(oldest.ticket);
     at::Tensor slot_tensor = oldest.bound->slot.tensor;
     slot_tensor.set_data(oldest.place.finish().to(slot_tensor.scalar_type()));
+    oldest.bound->read_storage = storage_of(slot_tensor);
+    oldest.bound->read_version = version_of(slot_tensor);
   };
   try {
-    for (const BoundSlot& bound : binding.slots) {
+    for (BoundSlot& bound : binding.slots) {
       if (!is_stub(bound.slot.tensor)) continue;
       if (pending.size() == kWindow) finish_oldest();
       ReadPlace place(bound.source);

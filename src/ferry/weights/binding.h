@@ -1,6 +1,8 @@
 // Binding: which slot of a module is filled from which range of which checkpoint file.
 #pragma once
 
+#include <c10/core/StorageImpl.h>
+
 #include <functional>
 #include <memory>
 #include <optional>
@@ -17,7 +19,13 @@ struct BoundSlot {
   Slot slot;
   // The stored tensor: its dtype may differ from the slot's, then reading casts.
   StoredTensor source;
+  // What load_resident() gave the slot, to notice a change: its storage and version.
+  c10::weak_intrusive_ptr<c10::StorageImpl> read_storage{c10::intrusive_ptr<c10::StorageImpl>()};
+  uint32_t read_version = 0;
 };
+
+// Whether the slot holds what load_resident() read, unchanged.
+bool is_as_read(const BoundSlot& bound);
 
 struct BindOptions {
   // Checkpoint key -> slot name; an empty answer drops the key.

@@ -334,13 +334,27 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
       a.prompt_embeds ? a.prompt_embeds->size(0) : static_cast<int64_t>(a.prompt.size());
 
   tell("encode", 0, 1);
-  PromptEmbeds embeds =
-      conditioning(a.prompt, a.prompt_2, a.prompt_embeds, a.pooled_prompt_embeds, batch, a);
-  PromptEmbeds negative;
-  if (true_cfg) {
-    negative = conditioning(a.negative_prompt, a.negative_prompt_2, a.negative_prompt_embeds,
-                            a.negative_pooled_prompt_embeds, batch, a);
+  // The number of steps is certain only after set_timesteps(); for now it says what comes next.
+  const int64_t decodes = a.output_type == OutputType::latent ? 0 : 1;
+  if (a.prompt_embeds) {
+    announce({{"transformer", a.num_inference_steps}, {"vae", decodes}});
+  } else {
+    announce({{"text_encoder", 1},
+              {"text_encoder_2", 1},
+              {"transformer", a.num_inference_steps},
+              {"vae", decodes}});
   }
+  PromptEmbeds embeds, negative;
+  std::vector<std::function<void()>> encodings = {[&] {
+    embeds = conditioning(a.prompt, a.prompt_2, a.prompt_embeds, a.pooled_prompt_embeds, batch, a);
+  }};
+  if (true_cfg) {
+    encodings.push_back([&] {
+      negative = conditioning(a.negative_prompt, a.negative_prompt_2, a.negative_prompt_embeds,
+                              a.negative_pooled_prompt_embeds, batch, a);
+    });
+  }
+  run_together({"text_encoder", "text_encoder_2"}, std::move(encodings));
   tell("encode", 1, 1);
 
   batch *= a.num_images_per_prompt;
@@ -358,19 +372,25 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
 
   schedulers::Scheduler& scheduler = this->scheduler();
   schedulers::StepArguments step_arguments;
+  announce({{"transformer", num_timesteps_}, {"vae", decodes}});
   tell("denoise", 0, num_timesteps_);
   for (int64_t i = 0; i < num_timesteps_; ++i) {
     if (interrupt_) continue;
     at::Tensor t = scheduler.timesteps()[i];
     current_timestep_ = t;
     at::Tensor timestep = t.expand({batch}).to(latents.scalar_type());
-    at::Tensor noise =
-        predict(latents, timestep, guidance, embeds, image_ids, a.joint_attention_kwargs);
+    at::Tensor noise, unwanted;
+    std::vector<std::function<void()>> predictions = {[&] {
+      noise = predict(latents, timestep, guidance, embeds, image_ids, a.joint_attention_kwargs);
+    }};
     if (true_cfg) {
-      at::Tensor unwanted =
-          predict(latents, timestep, guidance, negative, image_ids, a.joint_attention_kwargs);
-      noise = unwanted + a.true_cfg_scale * (noise - unwanted);
+      predictions.push_back([&] {
+        unwanted =
+            predict(latents, timestep, guidance, negative, image_ids, a.joint_attention_kwargs);
+      });
     }
+    run_together({"transformer"}, std::move(predictions));
+    if (true_cfg) noise = unwanted + a.true_cfg_scale * (noise - unwanted);
     latents = scheduler.step(noise, t, latents, step_arguments);
     if (a.callback_on_step_end) {
       CallbackTensors tensors;

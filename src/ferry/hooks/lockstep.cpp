@@ -1,0 +1,56 @@
+#include "ferry/hooks/lockstep.h"
+
+#include <ATen/ThreadLocalState.h>
+
+#include <memory>
+
+#include "ferry/base/fiber.h"
+
+namespace ferry::hooks {
+
+void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
+                  std::vector<std::function<void()>> passes) {
+  for (GroupOffloading* one : offloaded)
+    one->client().begin_lockstep(passes.empty() ? 0 : passes.size() - 1);
+  struct Guard {
+    const std::vector<GroupOffloading*>& offloaded;
+    ~Guard() {
+      for (GroupOffloading* one : offloaded) one->client().end_lockstep();
+    }
+  } guard{offloaded};
+
+  // Guards that a forward holds (grad mode, inference mode) are thread-local: each pass has its
+  // own.
+  const at::ThreadLocalState outside;
+  struct Pass {
+    std::unique_ptr<Fiber> fiber;
+    at::ThreadLocalState state;
+  };
+  std::vector<Pass> running(passes.size());
+  for (size_t i = 0; i < passes.size(); ++i)
+    running[i].fiber = std::make_unique<Fiber>(std::move(passes[i]));
+
+  try {
+    for (bool any = true; any;) {
+      any = false;
+      for (size_t i = 0; i < running.size(); ++i) {
+        if (running[i].fiber->done()) continue;
+        any = true;
+        for (GroupOffloading* one : offloaded) one->client().follow(i > 0);
+        at::ThreadLocalState::setThreadLocalState(running[i].state);
+        running[i].fiber->resume();
+        running[i].state = at::ThreadLocalState();
+        at::ThreadLocalState::setThreadLocalState(outside);
+      }
+    }
+  } catch (...) {
+    for (Pass& pass : running) {
+      at::ThreadLocalState::setThreadLocalState(pass.state);
+      pass.fiber.reset();
+    }
+    at::ThreadLocalState::setThreadLocalState(outside);
+    throw;
+  }
+}
+
+}  // namespace ferry::hooks
