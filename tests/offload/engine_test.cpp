@@ -524,7 +524,8 @@ TEST_F(EngineTest, PiecesFillWhatOneGroupLeaves) {
     client.begin_pass();
     for (size_t group = 0; group < 4; ++group) {
       Lease lease = client.lease(group);
-      for (size_t j = 0; j < 4; ++j) ASSERT_TRUE(slots_[4 * group + j].equal(values[4 * group + j]));
+      for (size_t j = 0; j < 4; ++j)
+        ASSERT_TRUE(slots_[4 * group + j].equal(values[4 * group + j]));
     }
     client.end_pass();
   }

@@ -27,8 +27,9 @@ ScratchFile::ScratchFile(const std::filesystem::path& folder, System& system)
     if (fd_ >= 0) ::unlink(name.c_str());
   }
   if (fd_ < 0) {
-    throw_error<IoError>("{}: cannot make a scratch file: {}; set FERRY_CACHE_DIR to a folder that can be written",
-                         folder.string(), std::strerror(errno));
+    throw_error<IoError>(
+        "{}: cannot make a scratch file: {}; set FERRY_CACHE_DIR to a folder that can be written",
+        folder.string(), std::strerror(errno));
   }
   try {
     file_ = File::open_private("/proc/self/fd/" + std::to_string(fd_), path_, system);

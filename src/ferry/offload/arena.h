@@ -70,7 +70,7 @@ class Arena {
   Memory memory_;
   std::map<uint64_t, uint64_t> taken_;  // offset -> size
   std::vector<Fenced> fences_;
-  std::set<uint64_t> lasting_;          // offsets of lasting ranges
+  std::set<uint64_t> lasting_;  // offsets of lasting ranges
   uint64_t ring_bytes_ = UINT64_MAX;
   uint64_t cursor_ = 0;  // where the last streamed range ended
   uint64_t ring_used_ = 0;

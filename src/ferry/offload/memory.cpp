@@ -77,8 +77,8 @@ at::Tensor Memory::bytes(uint64_t offset, uint64_t size_bytes) const {
 at::Tensor Memory::view(uint64_t offset, at::IntArrayRef shape, at::ScalarType dtype) const {
   c10::InferenceMode off(false);
   at::Tensor view = at::empty({0}, at::TensorOptions().dtype(dtype).device(bytes_.device()));
-  view.set_(bytes_.storage(),
-            static_cast<int64_t>((begin_ + offset) / c10::elementSize(dtype)), shape);
+  view.set_(bytes_.storage(), static_cast<int64_t>((begin_ + offset) / c10::elementSize(dtype)),
+            shape);
   return view;
 }
 

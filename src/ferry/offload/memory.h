@@ -32,8 +32,8 @@ class Memory {
   at::Tensor view(uint64_t offset, at::IntArrayRef shape, at::ScalarType dtype) const;
 
  private:
-  at::Tensor bytes_;           // uint8; begins at or before the first page
-  uint64_t begin_ = 0;         // of our bytes in bytes_
+  at::Tensor bytes_;    // uint8; begins at or before the first page
+  uint64_t begin_ = 0;  // of our bytes in bytes_
   uint64_t size_ = 0;
   std::byte* data_ = nullptr;  // host memory only
   bool pinned_ = false;

@@ -121,9 +121,8 @@ void Piece::convert(std::byte* read_range, const Memory& memory, uint64_t conver
       continue;
     }
     at::Tensor plain;
-    const bool readable =
-        !slot.source.encoding &&
-        reinterpret_cast<uintptr_t>(stored) % c10::elementSize(stored_dtype) == 0;
+    const bool readable = !slot.source.encoding &&
+                          reinterpret_cast<uintptr_t>(stored) % c10::elementSize(stored_dtype) == 0;
     if (readable) {
       plain = at::from_blob(const_cast<std::byte*>(stored), slot.stub.sizes(),
                             at::TensorOptions().dtype(stored_dtype));

@@ -1,5 +1,5 @@
-// Inside the engine: a piece is the unit of transfer, a run of a group's slots with their extents in
-// files and their places in memory.
+// Inside the engine: a piece is the unit of transfer, a run of a group's slots with their extents
+// in files and their places in memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>

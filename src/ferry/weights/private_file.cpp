@@ -27,7 +27,8 @@ std::vector<StoredTensor> write_private_file(const std::vector<BoundSlot>& slots
     one.dtype = tensor::from_torch(value.scalar_type());
     one.shape = value.sizes().vec();
     one.size_bytes = value.nbytes();
-    one.offset = scratch->append({static_cast<const std::byte*>(value.const_data_ptr()), one.size_bytes});
+    one.offset =
+        scratch->append({static_cast<const std::byte*>(value.const_data_ptr()), one.size_bytes});
     // The stored tensor holds the scratch file by way of its reading side.
     one.file = std::shared_ptr<const io::File>(scratch, scratch->file().get());
     stored.push_back(std::move(one));
