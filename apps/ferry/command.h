@@ -35,6 +35,7 @@ Command add_doctor(CLI::App& app);
 Command add_forward(CLI::App& app);
 Command add_generate(CLI::App& app);
 Command add_inspect(CLI::App& app);
+Command add_plan(CLI::App& app);
 Command add_random(CLI::App& app);
 Command add_schedule(CLI::App& app);
 Command add_tokenize(CLI::App& app);

@@ -70,6 +70,10 @@ TEST(Cli, WrongUseExitsWithTwoAndOneMessage) {
            {"generate", "--model", "a", "--prompt", "x", "--output", "a.png", "--steps", "0"},
            {"random", "NoSuchModel", "--config", "flux-dev", "--out", "x"},
            {"random", "FluxTransformer2DModel", "--config", "no-such-preset", "--out", "x"},
+           {"plan"},
+           {"plan", "--preset", "no-such-preset"},
+           {"plan", "--preset", "flux-dev", "--hardware", "gtx-1"},
+           {"plan", "--preset", "flux-dev", "--memory", "8GiB", "--weights-memory", "8GiB"},
            {"--log-level", "loud", "doctor"}}) {
     Result result = ferry(arguments);
     EXPECT_EQ(result.code, 2) << ::testing::PrintToString(arguments) << result.err;
@@ -82,7 +86,7 @@ TEST(Cli, HelpAndVersion) {
   Result help = ferry({"--help"});
   EXPECT_EQ(help.code, 0);
   for (const char* name :
-       {"generate", "inspect", "forward", "schedule", "tokenize", "random", "doctor"}) {
+       {"generate", "inspect", "forward", "schedule", "tokenize", "random", "plan", "doctor"}) {
     EXPECT_THAT(help.out, HasSubstr(name));
     Result own = ferry({name, "--help"});
     EXPECT_EQ(own.code, 0) << name;
@@ -271,6 +275,53 @@ TEST(Cli, InspectDescribesPipelinesAndFiles) {
   EXPECT_THAT(result.out, HasSubstr("F32"));
   result = ferry({"inspect", "--traits", "FluxTransformer2DModel"});
   EXPECT_THAT(result.out, HasSubstr("FluxTransformerBlock"));
+}
+
+// Without the weights, for hardware that is not here.
+TEST(Cli, PlanPredictsMemoryAndTime) {
+  TempFolder folder;
+  const std::string svg = (folder / "step.svg").string();
+  const std::vector<std::string> command = {"plan",  "--preset",   "flux-dev", "--memory",
+                                            "8GiB",  "--hardware", "rtx-4060", "--host-memory",
+                                            "12GiB", "--svg",      svg};
+  Result result = ferry(command);
+  ASSERT_EQ(result.code, 0) << result.err;
+  for (const char* expected : {"transformer_blocks.0 to 18", "single_transformer_blocks.0 to 37",
+                               "text_encoder_2", "predicted peak", "with 1 GiB more of --memory",
+                               "with 1 GiB more of --host-memory", "a step takes", "compute  "})
+    EXPECT_THAT(result.out, HasSubstr(expected));
+  EXPECT_THAT(read_text(svg), HasSubstr("single_transformer_blocks.37.proj_out"));
+
+  std::vector<std::string> as_json = command;
+  as_json.push_back("--json");
+  result = ferry(as_json);
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto json = nlohmann::json::parse(result.out);
+  ASSERT_EQ(json["components"].size(), 4u);
+  for (const auto& component : json["components"]) {
+    SCOPED_TRACE(component["name"].get<std::string>());
+    EXPECT_LE(component["peak_bytes"].get<uint64_t>(), 8ull << 30);
+    EXPECT_LE(component["host_peak_bytes"].get<uint64_t>(), 12ull << 30);
+    EXPECT_GT(component["first_step_s"].get<double>(), 0);
+  }
+  const auto& transformer = json["components"][2];
+  EXPECT_EQ(transformer["class"], "FluxTransformer2DModel");
+  // 11.90e9 parameters (diffusers' FLUX.1-dev), two bytes each.
+  EXPECT_NEAR(transformer["weight_bytes"].get<double>(), 2 * 11.9014e9, 1e6);
+  uint64_t groups = 0;
+  for (const auto& group : transformer["groups"]) groups += group["bytes"].get<uint64_t>();
+  EXPECT_EQ(groups, transformer["resident_bytes"].get<uint64_t>() +
+                        transformer["streamed_bytes"].get<uint64_t>());
+}
+
+TEST(Cli, PlanReadsFoldersAndStatesTheLeastMemory) {
+  const std::string pipeline = kFixtures + "/pipelines/flux-tiny";
+  Result result = ferry({"plan", pipeline, "--memory", "1GiB", "--width", "64", "--height", "64"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("text_encoder_2"));
+  result = ferry({"plan", "--preset", "flux-dev", "--memory", "600MiB"});
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("--memory 600 MiB is too small: transformer needs"));
 }
 
 TEST(Cli, DoctorReportsTheMachine) {

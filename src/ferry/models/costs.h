@@ -1,0 +1,37 @@
+// What a run of a model costs beside its weights: operations, layer by layer, and memory for
+// activations. For planning, also of models whose weights are not here. Thread-safe.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "ferry/models/model.h"
+
+namespace ferry::models {
+
+// One run: a forward, or of an autoencoder a decode.
+struct Workload {
+  int64_t height = 1024, width = 1024;  // of the picture, in pixels
+  int64_t batch = 1;
+  int64_t text_tokens = 512;
+  at::ScalarType dtype = at::kBFloat16;  // of activations
+  // A CPU rotates queries and keys in one pass; a device makes float32 copies of them.
+  bool on_cpu = false;
+  // An autoencoder that decodes in tiles, with its own tile size and overlap.
+  bool tiled = false;
+};
+
+// Floating-point operations (a multiplication and an addition are two) by the dotted name of the
+// module that holds the weights; attention products count with the layer that follows them. What a
+// run does not use has none. A model this does not know: every weight meets every token.
+std::map<std::string, double> layer_flops(const Model& model, const Workload& workload);
+
+// An estimate, from above, of the most bytes that activations take at once, inputs and outputs
+// included; workspaces of kernels that do not come from torch's allocator are not.
+// tests/models/costs_test.cpp compares it with what the allocator counts: 1 to 1.6 times as much.
+uint64_t activation_bytes(const Model& model, const Workload& workload);
+
+}  // namespace ferry::models
