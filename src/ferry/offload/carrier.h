@@ -27,13 +27,21 @@ struct CarrierContext {
   uint64_t host_memory_bytes = 0;  // pinned; accelerators only
 };
 
+enum class Start {
+  begun,
+  no_room,     // in the arena
+  no_staging,  // in host memory, which copies under way still use
+};
+
 class Carrier {
  public:
   virtual ~Carrier() = default;
 
-  // Reserves memory for an absent piece and begins to bring it; false if there is no room. Throws
-  // IoError (the file changed since it was opened).
-  virtual bool start(Piece& piece) = 0;
+  // Reserves memory for an absent piece and begins to bring it. Throws IoError (the file changed
+  // since it was opened).
+  virtual Start start(Piece& piece) = 0;
+  // After no_staging: waits until some is free. False if none will ever be.
+  virtual bool wait_for_staging(std::unique_lock<std::mutex>& lock) { return false; }
   // True if arrive() would return without waiting.
   virtual bool has_arrived(const Piece& piece) const = 0;
   // Returns once work that is enqueued from now on may use the piece, and its views are made.

@@ -154,6 +154,21 @@ void Client::adopt_plan_locked(Plan plan) {
   }
 }
 
+uint64_t Client::assign_host_homes_locked(uint64_t budget) {
+  uint64_t taken = 0;
+  for (auto& state : states_) {
+    for (Piece& piece : state->pieces) {
+      if (piece.staged) continue;
+      const uint64_t bytes = (piece.all_converted ? 0 : Arena::round_up(piece.read_bytes)) +
+                             Arena::round_up(piece.convert_bytes);
+      // While it is filled it also takes what it is converted from.
+      piece.host_home = state->placement == Placement::streamed && taken + bytes <= budget;
+      if (piece.host_home) taken += bytes;
+    }
+  }
+  return taken;
+}
+
 void Client::deactivate_locked() noexcept {
   forget_predictions_locked();
 }
@@ -292,6 +307,7 @@ bool Client::wraps_locked() const {
 
 void Client::read_ahead_locked() {
   engine_.carrier_->poll();
+  if (engine_.somebody_waits_) return;  // room goes to the lease that is being waited for
   if (!engine_.options_.read_ahead || !options_.read_ahead || (pass_depth_ == 0 && order_is_guess_))
     return;
   if (filling_) {
@@ -368,11 +384,13 @@ bool Client::evict_one_locked() {
 bool Client::start_locked(State& state) {
   for (; state.started < state.pieces.size(); ++state.started) {
     Piece& piece = state.pieces[state.started];
-    while (!engine_.carrier_->start(piece)) {
+    Start outcome = Start::begun;
+    while ((outcome = engine_.carrier_->start(piece)) != Start::begun) {
+      no_staging_ = outcome == Start::no_staging;
       const bool own_limit =
           !piece.resident && !engine_.arena_.ring_has_room(
                                  piece.arriving_footprint(!engine_.options_.device.is_cpu()));
-      if (own_limit || !engine_.evict_inactive_locked(*this)) {
+      if (no_staging_ || own_limit || !engine_.evict_inactive_locked(*this)) {
         engine_.note_peak_locked();
         return false;
       }
@@ -382,9 +400,15 @@ bool Client::start_locked(State& state) {
   return true;
 }
 
-void Client::start_or_evict_locked(State& state) {
+void Client::start_or_evict_locked(State& state, std::unique_lock<std::mutex>& lock) {
   bool restarted = false;
   while (!start_locked(state)) {
+    if (no_staging_) {
+      engine_.somebody_waits_ = true;
+      const bool freed = engine_.carrier_->wait_for_staging(lock);
+      engine_.somebody_waits_ = false;
+      if (freed) continue;
+    }
     if (evict_one_locked()) continue;
     if (!restarted) {
       // What is idle, or the group's own first pieces, may split the holes.
@@ -548,7 +572,7 @@ Lease Client::lease(size_t group) {
       } else {
         ++report.hits;
       }
-      if (!state.is_complete()) start_or_evict_locked(state);
+      if (!state.is_complete()) start_or_evict_locked(state, lock);
       if (filling_ == &state) filling_ = nullptr;
       waited = std::any_of(state.pieces.begin(), state.pieces.end(), [&](const Piece& piece) {
         return !engine_.carrier_->has_arrived(piece);

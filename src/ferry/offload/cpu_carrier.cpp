@@ -27,15 +27,15 @@ class CpuCarrier final : public Carrier {
  public:
   explicit CpuCarrier(CarrierContext context) : context_(std::move(context)) {}
 
-  bool start(Piece& piece) override {
+  Start start(Piece& piece) override {
     // Where everything is converted the stored bytes do not stay.
     piece.read_at = allocate(piece.resident && !piece.all_converted, piece.read_bytes);
-    if (!piece.read_at) return false;
+    if (!piece.read_at) return Start::no_room;
     if (piece.convert_bytes > 0) {
       piece.convert_at = allocate(piece.resident, piece.convert_bytes);
       if (!piece.convert_at) {
         free_ranges(piece);
-        return false;
+        return Start::no_room;
       }
     }
     try {
@@ -46,7 +46,7 @@ class CpuCarrier final : public Carrier {
       throw;
     }
     piece.where = Whereabouts::reading;
-    return true;
+    return Start::begun;
   }
 
   bool has_arrived(const Piece& piece) const override {

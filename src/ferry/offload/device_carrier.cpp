@@ -47,18 +47,18 @@ class DeviceCarrier final : public Carrier {
     thread_.join();
   }
 
-  bool start(Piece& piece) override {
+  Start start(Piece& piece) override {
     Arena& arena = context_.arena;
     piece.arena_at = piece.resident ? arena.allocate_lasting(piece.flat_bytes)
                                     : arena.allocate(piece.flat_bytes);
-    if (!piece.arena_at) return false;
+    if (!piece.arena_at) return Start::no_room;
     if (piece.staged) {
       enqueue_copies(piece);
-      return true;
+      return Start::begun;
     }
     if (!reserve_host(piece)) {
       release_arena(piece, nullptr);
-      return false;
+      return Start::no_staging;
     }
     try {
       piece.started = Clock::now();
@@ -71,6 +71,15 @@ class DeviceCarrier final : public Carrier {
     piece.where = Whereabouts::reading;
     reading_.push_back(&piece);
     changed_.notify_all();
+    return Start::begun;
+  }
+
+  bool wait_for_staging(std::unique_lock<std::mutex>& lock) override {
+    if (reading_.empty() && leaving_.empty()) return false;
+    const uint64_t used = host_.used_bytes();
+    changed_.notify_all();
+    changed_.wait(
+        lock, [&] { return host_.used_bytes() < used || (reading_.empty() && leaving_.empty()); });
     return true;
   }
 
@@ -154,13 +163,14 @@ class DeviceCarrier final : public Carrier {
   };
 
   bool reserve_host(Piece& piece) {
-    auto allocate = [&](uint64_t bytes) {
-      return piece.host_home ? host_.allocate_lasting(bytes) : host_.allocate(bytes);
+    auto allocate = [&](bool lasting, uint64_t bytes) {
+      return lasting ? host_.allocate_lasting(bytes) : host_.allocate(bytes);
     };
-    piece.read_at = allocate(piece.read_bytes);
+    // Where everything is converted the stored bytes do not stay.
+    piece.read_at = allocate(piece.host_home && !piece.all_converted, piece.read_bytes);
     if (!piece.read_at) return false;
     if (piece.convert_bytes == 0) return true;
-    piece.convert_at = allocate(piece.convert_bytes);
+    piece.convert_at = allocate(piece.host_home, piece.convert_bytes);
     if (piece.convert_at) return true;
     release_host(piece);
     return false;
@@ -253,7 +263,10 @@ class DeviceCarrier final : public Carrier {
     std::unique_lock lock(context_.mutex);
     while (!stopping_) {
       poll();
-      if (free_passed()) context_.on_room();
+      if (free_passed()) {
+        changed_.notify_all();
+        context_.on_room();
+      }
       const bool busy = !reading_.empty() || !leaving_.empty() || !traced_.empty();
       if (busy) {
         lock.unlock();

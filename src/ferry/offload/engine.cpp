@@ -166,6 +166,8 @@ void Engine::prepare_memory_locked() {
         "a host memory budget of {} is too small: the largest piece passes through {} of it",
         format_bytes(context.host_memory_bytes), format_bytes_up(largest_read));
   }
+  uint64_t homes = context.host_memory_bytes - std::min(context.host_memory_bytes, staging);
+  for (Client* client : clients_) homes -= client->assign_host_homes_locked(homes);
   carrier_ = make_device_carrier(std::move(context));
 }
 

@@ -167,6 +167,7 @@ class Engine {
   std::deque<Announced> announced_;
   Report report_;
   uint64_t held_small_ = 0;
+  bool somebody_waits_ = false;  // for staging, at a lease
 };
 
 // One component's groups on an engine. The first order is a guess; the order that a pass really had
@@ -218,6 +219,8 @@ class Client {
   void load_small_slots(std::vector<weights::BoundSlot> small);
   Plan make_plan_locked() const;
   void adopt_plan_locked(Plan plan);
+  // Which pieces stay in host memory once they were read; returns the bytes they take.
+  uint64_t assign_host_homes_locked(uint64_t budget);
   // What it streams goes; what it holds for good stays until somebody needs the room.
   void deactivate_locked() noexcept;
   void drop_all_locked() noexcept;
@@ -231,7 +234,7 @@ class Client {
   // Reserves memory for what is missing of a group and begins to bring it; false if there is no
   // room.
   bool start_locked(State& state);
-  void start_or_evict_locked(State& state);
+  void start_or_evict_locked(State& state, std::unique_lock<std::mutex>& lock);
   void arrive_locked(State& state, std::unique_lock<std::mutex>& lock);
   void drop_locked(State& state, bool forget_host = false) noexcept;
   void drop_if_unused_locked(State& state) noexcept;
@@ -257,6 +260,7 @@ class Client {
   bool order_is_guess_ = true;
   size_t cursor_ = 0;  // the next of order_ to be asked for
   std::deque<Pending> pending_;
+  bool no_staging_ = false;   // why start_locked() last found no room
   State* filling_ = nullptr;  // the last of pending_, if a part of it found no room
   std::vector<size_t> recording_;
   int pass_depth_ = 0;
