@@ -8,6 +8,7 @@
 #include "ferry/base/error.h"
 #include "ferry/base/fiber.h"
 #include "ferry/base/log.h"
+#include "ferry/hooks/recompute.h"
 #include "ferry/hooks/row_reader.h"
 #include "ferry/nn/embedding.h"
 #include "ferry/tensor/dtype.h"
@@ -51,6 +52,15 @@ class LeaseHook : public nn::ModuleHook {
     Fiber::yield();
   }
   void failed(nn::Module&) noexcept override { held_.pop_back(); }
+  bool wants_recompute() const override { return true; }
+  std::vector<at::Tensor> recompute(nn::Module& module, const std::vector<at::Tensor>& inputs,
+                                    const nn::RecomputeBody& body) override {
+    return recompute_in_backward(module, inputs, body, [&client = client_, groups = groups_] {
+      auto leases = std::make_shared<std::vector<offload::Lease>>();
+      for (size_t group : groups) leases->push_back(client.lease(group));
+      return leases;
+    });
+  }
 
  private:
   offload::Client& client_;

@@ -15,6 +15,13 @@ at::Tensor RowReader::gather(const at::Tensor& ids) {
     throw_error<ArgumentError>("{}: ids have to be integers, got {}", bound_.slot.name(),
                                tensor::dtype_name(ids.scalar_type()));
   }
+  if (at::GradMode::is_enabled() && bound_.slot.tensor.requires_grad()) {
+    throw_error<ArgumentError>(
+        "{}: rows that are gathered from disk have no gradient; offload with gather_embeddings "
+        "off, "
+        "or do not train the table",
+        bound_.slot.name());
+  }
   at::Tensor flat = ids.to(at::kCPU, at::kLong).reshape({-1}).contiguous();
   auto [unique, inverse] = at::_unique(flat, /*sorted=*/true, /*return_inverse=*/true);
 

@@ -1,5 +1,8 @@
 #include "ferry/nn/module.h"
 
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+
 #include <algorithm>
 
 #include "ferry/base/error.h"
@@ -49,6 +52,15 @@ void convert_own_tensors(torch::nn::Module& module, std::optional<at::Device> de
 bool Module::weights_are_offloaded() const {
   return std::any_of(hooks_.begin(), hooks_.end(),
                      [](const auto& entry) { return entry.second->moves_weights(); });
+}
+
+std::shared_ptr<ModuleHook> Module::recompute_hook() const {
+  if (hooks_.empty() || !at::GradMode::is_enabled() || c10::InferenceMode::is_enabled())
+    return nullptr;
+  for (const auto& entry : hooks_) {
+    if (entry.second->wants_recompute()) return entry.second;
+  }
+  return nullptr;
 }
 
 void Module::check_may_move() const {

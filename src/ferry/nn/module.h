@@ -4,6 +4,7 @@
 
 #include <torch/nn/module.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,9 @@
 namespace ferry::nn {
 
 class Module;
+
+// A module's forward as a function of the tensors among its arguments, to run it again.
+using RecomputeBody = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
 
 // What attaches to a module. Sees the module only, never its arguments, so no signature is erased.
 class ModuleHook {
@@ -30,6 +34,13 @@ class ModuleHook {
   // The tensors that the body returned, in order; called before after(), if wants_outputs().
   virtual void outputs(Module& module, const std::vector<at::Tensor>& tensors) {}
   virtual bool wants_outputs() const { return false; }
+  // With grad mode on, a call through Ptr goes through recompute() of the hook that wants it: the
+  // weights that the body reads will not be there any more when autograd wants them.
+  virtual bool wants_recompute() const { return false; }
+  virtual std::vector<at::Tensor> recompute(Module& module, const std::vector<at::Tensor>& inputs,
+                                            const RecomputeBody& body) {
+    return body(inputs);
+  }
   // The module's weights come and go by this hook: to() must not touch them, nor anyone load them.
   virtual bool moves_weights() const { return false; }
 };
@@ -49,6 +60,8 @@ class Module : public torch::nn::Module {
   std::shared_ptr<ModuleHook> find_hook(const std::string& name) const;
   // Whether a hook here moves the weights.
   bool weights_are_offloaded() const;
+  // The hook through which calls go while gradients are wanted; null otherwise.
+  std::shared_ptr<ModuleHook> recompute_hook() const;
 
   // The call point: runs the hooks around `body`. Every public entry of a module goes through it,
   // forward() by way of Ptr's operator(), others (encode, decode) by calling it themselves.
@@ -82,11 +95,16 @@ class Ptr : public std::shared_ptr<M> {
   Ptr(std::shared_ptr<M> module) : std::shared_ptr<M>(std::move(module)) {}
 
   template <class... Args>
-  decltype(auto) operator()(Args&&... args) const {
+  auto operator()(Args&&... args) const {
     M* module = this->get();
-    return module->call(
-        [&]() -> decltype(auto) { return module->forward(std::forward<Args>(args)...); });
+    if (std::shared_ptr<ModuleHook> hook = module->recompute_hook())
+      return recompute(*module, *hook, std::forward<Args>(args)...);
+    return module->call([&] { return module->forward(std::forward<Args>(args)...); });
   }
+
+ private:
+  template <class... Args>
+  static auto recompute(M& module, ModuleHook& hook, Args&&... args);
 };
 
 template <class M, class... Args>
@@ -155,6 +173,73 @@ requires requires(const T& value) {
 }
 void collect_tensors(const T& value, std::vector<at::Tensor>& into) {
   for (const at::Tensor& tensor : value.tensors()) collect_tensors(tensor, into);
+}
+
+// Every tensor inside a value, to read or replace: as above, and structs with
+// `template <class F> void each_tensor(F&& f)` that calls f on all of theirs. Values of other types
+// hold none that gradients flow through.
+template <class F>
+void each_tensor(at::Tensor& value, F&& f) {
+  if (value.defined()) f(value);
+}
+template <class T, class F>
+void each_tensor(std::optional<T>& value, F&& f);
+template <class T, class F>
+void each_tensor(std::vector<T>& values, F&& f);
+template <class... Ts, class F>
+void each_tensor(std::tuple<Ts...>& values, F&& f);
+template <class A, class B, class F>
+void each_tensor(std::pair<A, B>& value, F&& f);
+template <class T, class F>
+void each_tensor(T& value, F&& f) {
+  if constexpr (requires { value.each_tensor(f); }) value.each_tensor(f);
+}
+template <class T, class F>
+void each_tensor(std::optional<T>& value, F&& f) {
+  if (value) each_tensor(*value, f);
+}
+template <class T, class F>
+void each_tensor(std::vector<T>& values, F&& f) {
+  for (T& value : values) each_tensor(value, f);
+}
+template <class... Ts, class F>
+void each_tensor(std::tuple<Ts...>& values, F&& f) {
+  std::apply([&](auto&... items) { (each_tensor(items, f), ...); }, values);
+}
+template <class A, class B, class F>
+void each_tensor(std::pair<A, B>& value, F&& f) {
+  each_tensor(value.first, f);
+  each_tensor(value.second, f);
+}
+
+template <class M>
+template <class... Args>
+auto Ptr<M>::recompute(M& module, ModuleHook& hook, Args&&... args) {
+  using Result = std::decay_t<decltype(module.forward(std::forward<Args>(args)...))>;
+  using Arguments = std::tuple<std::decay_t<Args>...>;
+  Arguments arguments(std::forward<Args>(args)...);
+  std::vector<at::Tensor> inputs;
+  each_tensor(arguments, [&](at::Tensor& tensor) { inputs.push_back(tensor); });
+  // The result's other members, of the first run. Not owned by the body, which lives in the graph
+  // that the result's tensors are the end of.
+  auto result = std::make_shared<std::optional<Result>>();
+  RecomputeBody body = [&module, arguments,
+                        sink = std::weak_ptr(result)](const std::vector<at::Tensor>& given) {
+    Arguments own = arguments;
+    size_t next = 0;
+    each_tensor(own, [&](at::Tensor& tensor) { tensor = given[next++]; });
+    Result out = std::apply(
+        [&](auto&... items) { return module.call([&] { return module.forward(items...); }); }, own);
+    std::vector<at::Tensor> tensors;
+    each_tensor(out, [&](at::Tensor& tensor) { tensors.push_back(tensor); });
+    if (auto first = sink.lock(); first && !*first) *first = std::move(out);
+    return tensors;
+  };
+  std::vector<at::Tensor> outputs = hook.recompute(module, inputs, body);
+  Result out = std::move(**result);
+  size_t next = 0;
+  each_tensor(out, [&](at::Tensor& tensor) { tensor = outputs[next++]; });
+  return out;
 }
 
 // Runs before() at construction, and failed() at destruction unless finish() was called.

@@ -18,6 +18,14 @@ class AdaLayerNormZero : public Module {
     std::vector<at::Tensor> tensors() const {
       return {x, gate_msa, shift_mlp, scale_mlp, gate_mlp};
     }
+    template <class F>
+    void each_tensor(F&& f) {
+      nn::each_tensor(x, f);
+      nn::each_tensor(gate_msa, f);
+      nn::each_tensor(shift_mlp, f);
+      nn::each_tensor(scale_mlp, f);
+      nn::each_tensor(gate_mlp, f);
+    }
   };
   // x [batch, tokens, dim], emb [batch, dim]
   Output forward(const at::Tensor& x, const at::Tensor& emb);
@@ -34,6 +42,11 @@ class AdaLayerNormZeroSingle : public Module {
     at::Tensor x;         // [batch, tokens, dim]
     at::Tensor gate_msa;  // [batch, dim]
     std::vector<at::Tensor> tensors() const { return {x, gate_msa}; }
+    template <class F>
+    void each_tensor(F&& f) {
+      nn::each_tensor(x, f);
+      nn::each_tensor(gate_msa, f);
+    }
   };
   // x [batch, tokens, dim], emb [batch, dim]
   Output forward(const at::Tensor& x, const at::Tensor& emb);

@@ -139,7 +139,11 @@ void Piece::attach() {
 }
 
 void Piece::detach() noexcept {
-  for (SlotPlace& slot : slots) slot.tensor.set_data(slot.stub);
+  for (SlotPlace& slot : slots) {
+    slot.tensor.set_data(slot.stub);
+    // A graph that saved the weight must not find other bytes in its place without a word.
+    if (!slot.tensor.is_inference()) slot.tensor.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 std::vector<Piece> make_pieces(const std::string& name,

@@ -118,6 +118,12 @@ struct CLIPTextOutput {
   // Of each layer, before final_layer_norm, the embeddings first; empty unless asked for.
   std::vector<at::Tensor> hidden_states;
   std::vector<at::Tensor> tensors() const { return {last_hidden_state, pooler_output}; }
+  template <class F>
+  void each_tensor(F&& f) {
+    nn::each_tensor(last_hidden_state, f);
+    nn::each_tensor(pooler_output, f);
+    nn::each_tensor(hidden_states, f);
+  }
 };
 
 class CLIPTextModel : public TransformersModel {
@@ -165,6 +171,11 @@ class CLIPTextModelWithProjection : public TransformersModel {
     at::Tensor text_embeds;  // [batch, projection_dim]
     CLIPTextOutput text;
     std::vector<at::Tensor> tensors() const { return {text_embeds, text.last_hidden_state}; }
+    template <class F>
+    void each_tensor(F&& f) {
+      nn::each_tensor(text_embeds, f);
+      nn::each_tensor(text, f);
+    }
   };
   Output forward(const at::Tensor& input_ids, const at::Tensor& attention_mask = {},
                  const at::Tensor& position_ids = {}, bool output_hidden_states = false);

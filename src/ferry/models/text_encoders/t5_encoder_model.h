@@ -97,6 +97,11 @@ class T5Attention : public nn::AttentionModule {
     at::Tensor hidden_states;  // [batch, tokens, channels]
     at::Tensor position_bias;  // [1 or batch, heads, query tokens, key tokens], the mask in it
     std::vector<at::Tensor> tensors() const { return {hidden_states}; }
+    template <class F>
+    void each_tensor(F&& f) {
+      nn::each_tensor(hidden_states, f);
+      nn::each_tensor(position_bias, f);
+    }
   };
   // mask: bool, true attends, or undefined. position_bias: what the first layer returned; undefined
   // in the first layer.
@@ -169,6 +174,11 @@ class T5EncoderModel : public TransformersModel {
     at::Tensor last_hidden_state;  // [batch, tokens, channels]
     std::vector<at::Tensor> hidden_states;
     std::vector<at::Tensor> tensors() const { return {last_hidden_state}; }
+    template <class F>
+    void each_tensor(F&& f) {
+      nn::each_tensor(last_hidden_state, f);
+      nn::each_tensor(hidden_states, f);
+    }
   };
   // input_ids [batch, tokens], or inputs_embeds [batch, tokens, channels]: one of them;
   // attention_mask [batch, tokens] or undefined.

@@ -47,6 +47,11 @@ struct FluxAttentionOutput {
   at::Tensor hidden_states;          // [batch, tokens, dim]
   at::Tensor encoder_hidden_states;  // [batch, text tokens, dim]; undefined in single blocks
   std::vector<at::Tensor> tensors() const { return {hidden_states, encoder_hidden_states}; }
+  template <class F>
+  void each_tensor(F&& f) {
+    nn::each_tensor(hidden_states, f);
+    nn::each_tensor(encoder_hidden_states, f);
+  }
 };
 
 // What an attention module computes between its layers; stateless, shared between modules.
@@ -109,6 +114,11 @@ struct FluxStreams {
   at::Tensor encoder_hidden_states;  // [batch, text tokens, dim]
   at::Tensor hidden_states;          // [batch, image tokens, dim]
   std::vector<at::Tensor> tensors() const { return {encoder_hidden_states, hidden_states}; }
+  template <class F>
+  void each_tensor(F&& f) {
+    nn::each_tensor(encoder_hidden_states, f);
+    nn::each_tensor(hidden_states, f);
+  }
 };
 
 class FluxTransformerBlock : public nn::Module {
