@@ -1,6 +1,7 @@
 #include "ferry/nn/attention_dispatch.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <fmt/ranges.h>
 
@@ -143,6 +144,24 @@ std::string why_not(const BackendRow& row, const AttentionFacts& facts) {
   return "";
 }
 
+// Elsewhere, torch's native entry looks for kernels that the device would have to bring.
+bool has_native_attention(at::DeviceType type) {
+  switch (type) {
+    case at::kCPU:
+    case at::kCUDA:
+    case at::kXPU:
+    case at::kMPS:
+      return true;
+    case at::kPrivateUse1: {
+      static const auto native =
+          c10::Dispatcher::singleton().findSchemaOrThrow("aten::scaled_dot_product_attention", "");
+      return native.hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1);
+    }
+    default:
+      return false;
+  }
+}
+
 std::optional<AttentionBackend> environment_backend() {
   static const std::optional<AttentionBackend> backend = []() -> std::optional<AttentionBackend> {
     const char* name = std::getenv("FERRY_ATTENTION_BACKEND");
@@ -200,9 +219,7 @@ AttentionChoice choose_attention_backend(std::optional<AttentionBackend> request
     throw_error<ArgumentError>("attention backend {} cannot be used: {}; 'native' always can",
                                attention_backend_name(backend), obstacle);
   }
-  bool own_kernels = facts.device == at::kCPU || facts.device == at::kCUDA ||
-                     facts.device == at::kXPU || facts.device == at::kMPS;
-  if (backend == AttentionBackend::native && !own_kernels) {
+  if (backend == AttentionBackend::native && !has_native_attention(facts.device)) {
     return {backend, AttentionBackend::math, "the device has no attention kernels of its own"};
   }
   return {backend, backend, requested ? "as asked for" : "the default"};
