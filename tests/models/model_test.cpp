@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 
 #include "../fixture_tensors.h"
@@ -57,32 +58,46 @@ struct TempFolder {
   }
 };
 
-TEST(Flux, BackendsAndFusedProjectionsGiveTheSame) {
+// What testing/model_suites.h cannot know: a backend by its long name, and a processor of one's
+// own.
+TEST(Flux, ABackendByItsFullName) {
   at::NoGradGuard no_grad;
   auto model = load<FluxTransformer2DModel>("FluxTransformer2DModel-0");
   NamedTensors inputs = inputs_of("FluxTransformer2DModel-0");
   at::Tensor expected = model->forward_named("forward", inputs, {})["sample"];
-  for (const char* backend : {"math", "_native_flash", "native"}) {
-    model->set_attention_backend(backend);
-    EXPECT_LT(relative_error(model->forward_named("forward", inputs, {})["sample"], expected), 1e-5)
-        << backend;
-  }
+  model->set_attention_backend("_native_flash");
+  EXPECT_LT(relative_error(model->forward_named("forward", inputs, {})["sample"], expected), 1e-5);
   EXPECT_THAT(message_of<ArgumentError>([&] { model->set_attention_backend("xformers"); }),
               HasSubstr("xformers"));
-
-  size_t slots = weights::collect_slots(*model).size();
-  model->fuse_qkv_projections();
-  EXPECT_GT(weights::collect_slots(*model).size(), slots);
-  EXPECT_LT(relative_error(model->forward_named("forward", inputs, {})["sample"], expected), 1e-5);
-  model->unfuse_qkv_projections();
-  EXPECT_EQ(weights::collect_slots(*model).size(), slots);
-  EXPECT_TRUE(at::equal(model->forward_named("forward", inputs, {})["sample"], expected));
 }
 
-TEST(Flux, FusingNeedsWeights) {
+TEST(Flux, AProcessorOfOnesOwnIsUsed) {
+  struct Doubled : FluxAttnProcessor {
+    mutable int calls = 0;
+    std::string name() const override { return "Doubled"; }
+    FluxAttentionOutput run(FluxAttention& attn, const at::Tensor& hidden_states,
+                            const at::Tensor& encoder_hidden_states,
+                            const at::Tensor& attention_mask,
+                            const nn::RotaryEmbedding* image_rotary_emb) const override {
+      ++calls;
+      auto out = FluxAttnProcessor::run(attn, hidden_states, encoder_hidden_states, attention_mask,
+                                        image_rotary_emb);
+      return {out.hidden_states * 2, out.encoder_hidden_states};
+    }
+  };
+  at::NoGradGuard no_grad;
   auto model = load<FluxTransformer2DModel>("FluxTransformer2DModel-0");
-  EXPECT_THAT(message_of<ArgumentError>([&] { model->fuse_qkv_projections(); }),
-              HasSubstr("load_weights()"));
+  NamedTensors inputs = inputs_of("FluxTransformer2DModel-0");
+  at::Tensor expected = model->forward_named("forward", inputs, {})["sample"];
+  auto doubled = std::make_shared<Doubled>();
+  auto& attention = (*model->transformer_blocks)[0]->attn;
+  attention->set_processor(doubled);
+  EXPECT_EQ(model->attn_processors().at("transformer_blocks.0.attn"), "Doubled");
+  EXPECT_GT(relative_error(model->forward_named("forward", inputs, {})["sample"], expected), 1e-3);
+  EXPECT_EQ(doubled->calls, 1);
+  model->set_attn_processor("FluxAttnProcessor");
+  EXPECT_TRUE(at::equal(model->forward_named("forward", inputs, {})["sample"], expected));
+  EXPECT_THROW(attention->set_processor(std::shared_ptr<FluxAttnProcessor>()), ArgumentError);
 }
 
 TEST(Flux, ControlnetResidualsReachTheirBlocks) {
@@ -181,32 +196,6 @@ TEST(Autoencoder, TilesBlendAsInPython) {
       ArgumentError);
 }
 
-TEST(Autoencoder, FusedProjections) {
-  at::NoGradGuard no_grad;
-  auto vae = load<AutoencoderKL>("AutoencoderKL-1");
-  at::Tensor z = inputs_of("AutoencoderKL-1")["z"], expected = vae->decode(z);
-  vae->fuse_qkv_projections();
-  EXPECT_LT(relative_error(vae->decode(z), expected), 1e-5);
-}
-
-TEST(Autoencoder, HooksRunAroundEncodeAndDecode) {
-  struct Counter : nn::ModuleHook {
-    int before_count = 0, after_count = 0;
-    void before(nn::Module&) override { ++before_count; }
-    void after(nn::Module&) override { ++after_count; }
-  };
-  at::NoGradGuard no_grad;
-  auto vae = load<AutoencoderKL>("AutoencoderKL-0");
-  auto counter = std::make_shared<Counter>();
-  vae->add_hook("counter", counter);
-  vae->encode(inputs_of("AutoencoderKL-0")["sample"]);
-  EXPECT_EQ(counter->before_count, 1);
-  vae->decode(inputs_of("AutoencoderKL-1")["z"]);
-  vae->forward_named("forward", inputs_of("AutoencoderKL-0"), {});
-  EXPECT_EQ(counter->before_count, 3);
-  EXPECT_EQ(counter->after_count, 3);
-}
-
 TEST(Autoencoder, OldNamesOfAttentionLayers) {
   auto vae = make_model("AutoencoderKL", {{"block_out_channels", {32}}});
   const std::string prefix = "encoder.mid_block.attentions.0.";
@@ -263,6 +252,103 @@ TEST(Save, RefusesAModelWithoutWeights) {
   EXPECT_THAT(message_of<ArgumentError>([&] { vae->save_pretrained(folder.path); }),
               HasSubstr("has no weight"));
   EXPECT_TRUE(folder.files().empty());
+}
+
+// Sizes that a damaged file may hold: an error that names the file and the key, at once.
+TEST(Config, SizesThatNoModelHasAreRefused) {
+  struct Case {
+    const char* model;
+    nlohmann::ordered_json config;
+    const char* key;
+  };
+  const int64_t huge = int64_t{1} << 40, most = INT64_MAX;
+  for (const Case& c : std::vector<Case>{
+           {"FluxTransformer2DModel", {{"num_layers", huge}}, "num_layers"},
+           {"FluxTransformer2DModel", {{"num_single_layers", most}}, "num_single_layers"},
+           {"FluxTransformer2DModel", {{"patch_size", most}}, "patch_size"},
+           {"FluxTransformer2DModel", {{"in_channels", -1}}, "in_channels"},
+           {"FluxTransformer2DModel",
+            {{"num_attention_heads", 1 << 20}, {"attention_head_dim", 1 << 20}},
+            "num_attention_heads * attention_head_dim"},
+           {"FluxTransformer2DModel", {{"axes_dims_rope", {-16, 56, 88}}}, "axes_dims_rope"},
+           {"FluxTransformer2DModel", {{"axes_dims_rope", {15, 57, 56}}}, "even"},
+           {"AutoencoderKL", {{"layers_per_block", huge}}, "layers_per_block"},
+           {"AutoencoderKL", {{"latent_channels", most}}, "latent_channels"},
+           {"AutoencoderKL", {{"block_out_channels", {most}}}, "block_out_channels"},
+           {"AutoencoderKL", {{"sample_size", uint64_t{1} << 63}}, "sample_size"},
+           {"CLIPTextModel", {{"num_hidden_layers", huge}}, "num_hidden_layers"},
+           {"CLIPTextModel", {{"vocab_size", most}}, "vocab_size"},
+           {"CLIPTextModel", {{"num_attention_heads", 0}}, "num_attention_heads"},
+           {"CLIPTextModel", {{"max_position_embeddings", -77}}, "max_position_embeddings"},
+           {"CLIPTextModelWithProjection", {{"projection_dim", most}}, "projection_dim"},
+           {"T5EncoderModel", {{"num_layers", huge}}, "num_layers"},
+           {"T5EncoderModel", {{"num_heads", 1 << 20}, {"d_kv", 1 << 20}}, "num_heads * d_kv"},
+           {"T5EncoderModel", {{"d_ff", -5}}, "d_ff"},
+           {"T5EncoderModel", {{"relative_attention_num_buckets", 0}}, "num_buckets"},
+           {"T5EncoderModel", {{"relative_attention_max_distance", 1}}, "max_distance"}}) {
+    EXPECT_THAT(message_of<ArgumentError>([&] { make_model(c.model, c.config, "here.json"); }),
+                ::testing::AllOf(HasSubstr("here.json"),
+                                 HasSubstr(c.model == std::string("CLIPTextModelWithProjection")
+                                               ? "CLIPTextModel"
+                                               : c.model),
+                                 HasSubstr(c.key)))
+        << c.config;
+  }
+}
+
+TEST(Config, ValuesOfAWrongTypeAreRefused) {
+  auto refused = [](const nlohmann::ordered_json& config) {
+    return message_of<FormatError>([&] { make_model("AutoencoderKL", config, "here.json"); });
+  };
+  EXPECT_THAT(refused({{"latent_channels", 4.5}}), HasSubstr("\"latent_channels\": got 4.5"));
+  EXPECT_THAT(refused({{"latent_channels", true}}), HasSubstr("whole number"));
+  EXPECT_THAT(refused({{"latent_channels", 1e300}}), HasSubstr("whole number"));
+  EXPECT_THAT(refused({{"latent_channels", UINT64_MAX}}), HasSubstr("whole number"));
+  EXPECT_THAT(refused({{"latent_channels", nullptr}}), HasSubstr("null"));
+  EXPECT_THAT(refused({{"block_out_channels", 32}}), HasSubstr("expected a list, got number"));
+  EXPECT_THAT(refused({{"block_out_channels", {32, "x"}}}), HasSubstr("block_out_channels"));
+  EXPECT_THAT(refused({{"act_fn", 7}}), HasSubstr("act_fn"));
+  // Python writes whole numbers as 4.0 now and then.
+  EXPECT_NO_THROW(
+      make_model("AutoencoderKL", {{"block_out_channels", {32}}, {"latent_channels", 4.0}}));
+}
+
+TEST(Config, AFilesErrorIsTheFilesFault) {
+  TempFolder folder;
+  fs::create_directories(folder.path);
+  std::ofstream(folder.path / "config.json")
+      << R"({"_class_name": "AutoencoderKL", "latent_channels": -4})";
+  EXPECT_THAT(message_of<FormatError>([&] { load_model(folder.path); }),
+              ::testing::AllOf(HasSubstr("config.json"), HasSubstr("latent_channels: got -4")));
+}
+
+TEST(Config, KeepsTheOrderOfItsFile) {
+  nlohmann::ordered_json config = {{"up_block_types", {"UpDecoderBlock2D"}},
+                                   {"of_the_future", 1},
+                                   {"block_out_channels", {32}},
+                                   {"_class_name", "AutoencoderKL"}};
+  auto keys = make_model("AutoencoderKL", config)->config_json();
+  ASSERT_GT(keys.size(), 4u);
+  auto key = keys.begin();
+  for (const char* expected :
+       {"up_block_types", "of_the_future", "block_out_channels", "_class_name"}) {
+    EXPECT_EQ(key.key(), expected);
+    ++key;
+  }
+}
+
+TEST(Load, StopsBetweenTensorsAndGoesOnLater) {
+  at::NoGradGuard no_grad;
+  auto vae = load<AutoencoderKL>("AutoencoderKL-0");
+  StopSource stop;
+  stop.request_stop();
+  EXPECT_THROW(vae->load_weights(stop.token()), Cancelled);
+  EXPECT_FALSE(vae->weights_loaded());
+  vae->set_load_stop(stop.token());
+  EXPECT_THROW(vae->decode(inputs_of("AutoencoderKL-1")["z"]), Cancelled);
+  vae->set_load_stop({});
+  vae->decode(inputs_of("AutoencoderKL-1")["z"]);
+  EXPECT_TRUE(vae->weights_loaded());
 }
 
 TEST(Registry, KeepsUnknownKeysOfAConfig) {

@@ -169,11 +169,19 @@ TEST(FlowMatchEuler, WrongUseNamesTheArgument) {
       message("only one of"));
   EXPECT_THAT([] { make({{"time_shift_type", "cubic"}}); }, message("cubic"));
   EXPECT_THAT([] { make({{"num_train_timesteps", 0}}); }, message("num_train_timesteps"));
+  EXPECT_THAT(
+      [] {
+        make({{"num_train_timesteps", int64_t{1} << 40}});
+      },
+      message("num_train_timesteps"));
   auto dynamic = make({{"use_dynamic_shifting", true}});
   EXPECT_THAT([&] { dynamic.set_timesteps({.num_inference_steps = 4}); }, message("mu"));
   auto scheduler = make();
   EXPECT_THAT([&] { scheduler.set_timesteps({}); }, message("num_inference_steps"));
-  EXPECT_THAT([&] { scheduler.set_timesteps({.num_inference_steps = 0}); }, message("0 steps"));
+  EXPECT_THAT([&] { scheduler.set_timesteps({.num_inference_steps = 0}); },
+              message("steps: got 0"));
+  EXPECT_THAT([&] { scheduler.set_timesteps({.num_inference_steps = int64_t{1} << 40}); },
+              message("expected 1 to 1000000"));
   EXPECT_THAT(
       [&] {
         scheduler.set_timesteps({.num_inference_steps = 3, .sigmas = std::vector<double>{1.0}});

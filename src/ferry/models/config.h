@@ -10,13 +10,15 @@
 //   };
 //
 // Keys that a struct does not know (class version, `_name_or_path`, keys of a newer diffusers) are
-// kept in `extra` and written back.
+// kept and written back, and all keys stay in the order in which they were read.
 #pragma once
 
 #include <nlohmann/json.hpp>
 
+#include <filesystem>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "ferry/base/error.h"
@@ -24,23 +26,62 @@
 namespace ferry::models {
 
 struct ConfigBase {
-  // Ordered, so that a file is written back in the order it came in.
-  nlohmann::ordered_json extra = nlohmann::ordered_json::object();
+  // What was read: the order of the keys, and those that the struct does not know. The values of
+  // the others are the members'.
+  nlohmann::ordered_json source = nlohmann::ordered_json::object();
 };
+
+// The outermost object of a config file, in its order. Throws IoError, FormatError.
+nlohmann::ordered_json read_config(const std::filesystem::path& path);
+// Indented as Python writes it; appears whole or not at all. Throws IoError.
+void write_config(const std::filesystem::path& path, const nlohmann::ordered_json& config);
+
+// ---- sizes ----
+
+// What no model comes near, and what keeps products of a few sizes within 64 bits: a damaged config
+// is an error, not hours of work or an enormous allocation.
+constexpr int64_t kMostLayers = 512;
+constexpr int64_t kMostChannels = int64_t{1} << 20;
+constexpr int64_t kMostTokens = int64_t{1} << 24;  // of a vocabulary
+
+// Throws ArgumentError "<class_name>: <key>: got <value>, expected <least> to <most>".
+void check_size(const std::string& class_name, const char* key, int64_t value, int64_t least = 1,
+                int64_t most = kMostChannels);
+
+// ---- implementation ----
 
 namespace detail {
 
+// nlohmann converts between numbers silently (2.7 to 2, true to 1, 2^64 - 1 to -1): integers are
+// taken only where nothing is lost. Throws FormatError without a place.
+int64_t get_integer(const nlohmann::ordered_json& json);
+
+template <class T>
+void get_value(const nlohmann::ordered_json& json, std::optional<T>& value);
+template <class T>
+void get_value(const nlohmann::ordered_json& json, std::vector<T>& value);
 template <class T>
 void get_value(const nlohmann::ordered_json& json, T& value) {
-  value = json.get<T>();
+  if constexpr (std::is_same_v<T, int64_t>) {
+    value = get_integer(json);
+  } else {
+    value = json.get<T>();
+  }
 }
 template <class T>
 void get_value(const nlohmann::ordered_json& json, std::optional<T>& value) {
   if (json.is_null()) {
     value.reset();
   } else {
-    value = json.get<T>();
+    get_value(json, value.emplace());
   }
+}
+template <class T>
+void get_value(const nlohmann::ordered_json& json, std::vector<T>& value) {
+  if (!json.is_array()) throw_error<FormatError>("expected a list, got {}", json.type_name());
+  std::vector<T> values(json.size());
+  for (size_t i = 0; i < json.size(); ++i) get_value(json[i], values[i]);
+  value = std::move(values);
 }
 template <class T>
 nlohmann::ordered_json put_value(const T& value) {
@@ -51,8 +92,12 @@ nlohmann::ordered_json put_value(const std::optional<T>& value) {
   return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json(nullptr);
 }
 
+// What went wrong at a key, without nlohmann's "[json.exception.type_error.302] ".
+[[noreturn]] void fail_at_key(const std::string& where, const char* key,
+                              const nlohmann::ordered_json& value, const std::string& reason);
+
 struct Reader {
-  nlohmann::ordered_json& json;  // fields are erased as they are read; the rest is `extra`
+  const nlohmann::ordered_json& json;
   const std::string& where;
   template <class T>
   void operator()(const char* key, T& value) {
@@ -61,9 +106,10 @@ struct Reader {
     try {
       get_value(*it, value);
     } catch (const nlohmann::json::exception& error) {
-      throw_error<FormatError>("{}: key \"{}\": got {}: {}", where, key, it->dump(), error.what());
+      fail_at_key(where, key, *it, error.what());
+    } catch (const FormatError& error) {
+      fail_at_key(where, key, *it, error.what());
     }
-    json.erase(key);
   }
 };
 
@@ -83,15 +129,25 @@ Config config_from_json(const nlohmann::ordered_json& json, const std::string& w
   if (!json.is_object())
     throw_error<FormatError>("{}: expected a JSON object, got {}", where, json.type_name());
   Config config;
-  config.extra = json;
-  detail::Reader reader{config.extra, where};
+  config.source = json;
+  detail::Reader reader{config.source, where};
   config.fields(reader);
   return config;
 }
 
+// One value of a config; `fallback` where it is absent or null. Throws FormatError for another
+// type.
+template <class T>
+T config_value(const nlohmann::ordered_json& config, const char* key, T fallback,
+               const std::string& where) {
+  std::optional<T> value = fallback;
+  detail::Reader{config, where}(key, value);
+  return value.value_or(fallback);
+}
+
 template <class Config>
 nlohmann::ordered_json config_to_json(const Config& config) {
-  nlohmann::ordered_json json = config.extra;
+  nlohmann::ordered_json json = config.source;
   detail::Writer writer{json};
   const_cast<Config&>(config).fields(writer);
   return json;

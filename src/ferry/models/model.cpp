@@ -9,10 +9,9 @@
 #include <unordered_set>
 
 #include "ferry/base/error.h"
-#include "ferry/io/atomic_file.h"
-#include "ferry/io/json_file.h"
 #include "ferry/io/read_engine.h"
 #include "ferry/io/safetensors.h"
+#include "ferry/models/config.h"
 #include "ferry/nn/attention_dispatch.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/stub.h"
@@ -27,10 +26,14 @@ constexpr const char* kLoadHook = "load_weights";
 // loads again; a look at each slot is cheap beside a forward.
 class LoadHook : public nn::ModuleHook {
  public:
+  explicit LoadHook(const StopToken& stop) : stop_(stop) {}
   void before(nn::Module& module) override {
     auto& model = static_cast<Model&>(module);
-    if (!model.weights_are_offloaded() && !model.weights_loaded()) model.load_weights();
+    if (!model.weights_are_offloaded() && !model.weights_loaded()) model.load_weights(stop_);
   }
+
+ private:
+  const StopToken& stop_;
 };
 
 bool has_part(const std::string& name, const std::vector<std::string>& parts) {
@@ -49,10 +52,6 @@ bool stays_float32(const Model& model, const Traits& traits, const std::string& 
                    at::ScalarType wanted) {
   if (model.library() == "transformers" && wanted != at::kHalf) return false;
   return has_part(slot, traits.keep_in_fp32_modules);
-}
-
-std::string weights_base(const Model& model) {
-  return model.library() == "transformers" ? "model" : "diffusion_pytorch_model";
 }
 
 std::string class_name_of(const nlohmann::ordered_json& config, const std::string& where) {
@@ -116,8 +115,14 @@ std::vector<std::filesystem::path> stale_files(const std::filesystem::path& fold
   return stale;
 }
 
-void write_json(const std::filesystem::path& path, const nlohmann::json& json) {
-  io::write_file(path, std::string_view(json.dump(2) + "\n"));
+const ModelClass& find_class(const std::string& class_name, const std::string& where) {
+  std::vector<std::string_view> known;
+  for (const ModelClass& entry : model_classes()) {
+    if (entry.name == class_name) return entry;
+    known.push_back(entry.name);
+  }
+  throw_error<ArgumentError>("{}: ferry has no model class '{}'; it has {}", where, class_name,
+                             fmt::join(known, ", "));
 }
 
 }  // namespace
@@ -142,16 +147,16 @@ at::Device Model::device() const {
 void Model::set_binding(std::shared_ptr<weights::Binding> binding) {
   binding_ = std::move(binding);
   remove_hook(kLoadHook);
-  if (binding_) add_hook(kLoadHook, std::make_shared<LoadHook>());
+  if (binding_) add_hook(kLoadHook, std::make_shared<LoadHook>(load_stop_));
 }
 
-void Model::load_weights() {
+void Model::load_weights(const StopToken& stop) {
   if (!binding_) {
     if (weights_loaded()) return;
     throw_error<ArgumentError>("{}: has no checkpoint to read its weights from", class_name());
   }
   std::unique_ptr<io::ReadEngine> engine = io::make_read_engine();
-  weights::load_resident(*binding_, *engine);
+  weights::load_resident(*binding_, *engine, stop);
 }
 
 bool Model::weights_loaded() const {
@@ -164,28 +169,64 @@ bool Model::weights_loaded() const {
   return true;
 }
 
+std::string Model::weights_base() const {
+  return library() == "transformers" ? "model" : "diffusion_pytorch_model";
+}
+
+void Model::check_method(const std::string& method) const {
+  std::vector<std::string> known = methods();
+  if (std::find(known.begin(), known.end(), method) != known.end()) return;
+  throw_error<ArgumentError>("{}: method '{}' is unknown; known: {}", class_name(), method,
+                             fmt::join(known, ", "));
+}
+
+std::vector<std::pair<std::string, nn::AttentionModule*>> Model::attention_modules() const {
+  std::vector<std::pair<std::string, nn::AttentionModule*>> found;
+  for (const auto& entry : named_modules()) {
+    if (auto* attention = dynamic_cast<nn::AttentionModule*>(entry.value().get()))
+      found.emplace_back(entry.key(), attention);
+  }
+  return found;
+}
+
 void Model::set_attention_backend(const std::string& backend) {
   nn::parse_attention_backend(backend);  // an unknown name changes nothing
-  for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get())) {
-      attention->set_attention_backend(backend);
-    }
+  for (const auto& [path, attention] : attention_modules())
+    attention->set_attention_backend(backend);
+}
+
+std::map<std::string, std::string> Model::attn_processors() const {
+  std::map<std::string, std::string> processors;
+  for (const auto& [path, attention] : attention_modules())
+    processors.emplace(path, attention->processor_name());
+  return processors;
+}
+
+void Model::set_attn_processor(const std::string& name) {
+  for (const auto& [path, attention] : attention_modules()) {
+    std::vector<std::string> available = attention->available_processors();
+    if (std::find(available.begin(), available.end(), name) != available.end()) continue;
+    throw_error<ArgumentError>("{}: {} has no processor '{}'; it has {}", class_name(), path, name,
+                               fmt::join(available, ", "));
   }
+  for (const auto& [path, attention] : attention_modules()) attention->set_processor(name);
+}
+
+void Model::fuse_qkv_projections() {
+  for (const auto& [path, attention] : attention_modules()) attention->fuse_projections();
+}
+
+void Model::unfuse_qkv_projections() {
+  for (const auto& [path, attention] : attention_modules()) attention->unfuse_projections();
 }
 
 void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_shard_size_bytes,
                             const std::string& variant) {
-  std::filesystem::create_directories(folder);
-  std::string base = weights_base(*this);
-  std::string stem = variant.empty() ? base : base + "." + variant;
-  std::string index =
-      base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json";
-
   std::unordered_map<std::string, const weights::BoundSlot*> bound;
   if (binding_) {
     for (const auto& entry : binding_->slots) bound.emplace(entry.slot.name(), &entry);
   }
-  auto read = [&](const weights::Slot& slot) {
+  auto write = [&](const weights::Slot& slot, io::SafetensorsWriter& writer) {
     at::Tensor tensor = slot.tensor.detach();
     if (weights::is_stub(tensor)) {
       auto it = bound.find(slot.name());
@@ -195,8 +236,22 @@ void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_sh
       }
       tensor = weights::read_tensor(*it->second);
     }
-    return tensor.to(at::kCPU).contiguous();
+    tensor = tensor.to(at::kCPU).contiguous();
+    writer.write({static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()});
   };
+  save_pretrained_from(write, folder, max_shard_size_bytes, variant);
+}
+
+size_t Model::save_pretrained_from(const WriteSlot& write, const std::filesystem::path& folder,
+                                   uint64_t max_shard_size_bytes, const std::string& variant) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error)
+    throw_error<IoError>("{}: cannot create the folder: {}", folder.string(), error.message());
+  std::string base = weights_base();
+  std::string stem = variant.empty() ? base : base + "." + variant;
+  std::string index =
+      base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json";
 
   std::vector<weights::Slot> slots = weights::collect_slots(*this);
   std::vector<Shard> shards = split_into_shards(slots, max_shard_size_bytes, stem);
@@ -208,46 +263,51 @@ void Model::save_pretrained(const std::filesystem::path& folder, uint64_t max_sh
       weight_map[slot.name()] = shard.file;
     }
     io::SafetensorsWriter writer(folder / shard.file, std::move(entries));
-    for (const weights::Slot& slot : shard.slots) {
-      at::Tensor tensor = read(slot);
-      writer.write({static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()});
-    }
+    for (const weights::Slot& slot : shard.slots) write(slot, writer);
     writer.finish();
   }
   if (shards.size() > 1) {
-    write_json(folder / index, {{"metadata", {{"total_size", weights::total_bytes(slots)}}},
-                                {"weight_map", weight_map}});
+    write_config(folder / index, {{"metadata", {{"total_size", weights::total_bytes(slots)}}},
+                                  {"weight_map", weight_map}});
   }
-  nlohmann::json config = nlohmann::json::parse(config_json().dump());
+  nlohmann::ordered_json config = config_json();
   if (library() == "transformers") {
     config["architectures"] = {class_name()};
   } else {
     config["_class_name"] = class_name();
+    if (!config.contains("_diffusers_version")) config["_diffusers_version"] = "0.42.1";
   }
-  write_json(folder / "config.json", config);
+  write_config(folder / "config.json", config);
   for (const auto& path : stale_files(folder, stem, index, shards)) std::filesystem::remove(path);
+  return shards.size();
 }
 
 std::shared_ptr<Model> make_model(const std::string& class_name,
                                   const nlohmann::ordered_json& config, const std::string& where) {
-  std::vector<std::string_view> known;
-  for (const ModelClass& entry : model_classes()) {
-    if (entry.name == class_name) return entry.make(config, where);
-    known.push_back(entry.name);
+  const ModelClass& found = find_class(class_name, where);
+  try {
+    return found.make(config, where);
+  } catch (const ArgumentError& error) {
+    throw_error<ArgumentError>("{}: {}", where, error.what());
   }
-  throw_error<ArgumentError>("{}: ferry has no model class '{}'; it has {}", where, class_name,
-                             fmt::join(known, ", "));
 }
 
 std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const LoadOptions& options,
                                   const std::string& class_name) {
   std::filesystem::path config_path = folder / "config.json";
   std::string where = config_path.string();
-  nlohmann::ordered_json config = io::read_json_object(config_path);
-  std::shared_ptr<Model> model =
-      make_model(class_name.empty() ? class_name_of(config, where) : class_name, config, where);
+  nlohmann::ordered_json config = read_config(config_path);
+  const ModelClass& found =
+      find_class(class_name.empty() ? class_name_of(config, where) : class_name, where);
+  std::shared_ptr<Model> model;
+  try {
+    model = found.make(config, where);
+  } catch (const ArgumentError& error) {  // the file is at fault, not the caller
+    throw_error<FormatError>("{}: {}", where, error.what());
+  }
 
-  auto checkpoint = weights::Checkpoint::open_folder(folder, weights_base(*model), options.variant);
+  auto checkpoint =
+      weights::Checkpoint::open_folder(folder, model->weights_base(), options.variant);
   Traits traits = model->traits();
   weights::BindOptions bind_options;
   bind_options.map_key = [&](const std::string& key) { return model->map_key(key); };

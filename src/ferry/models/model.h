@@ -11,15 +11,24 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "ferry/base/stop_token.h"
 #include "ferry/nn/module.h"
 #include "ferry/weights/binding.h"
+
+namespace ferry::nn {
+class AttentionModule;
+}
 
 namespace ferry::models {
 
 // Named tensors in and out of forward_named(); names are the reference's argument and output names.
 using NamedTensors = std::map<std::string, at::Tensor>;
+
+// Writes the bytes of one slot, in any portions.
+using WriteSlot = std::function<void(const weights::Slot& slot, io::SafetensorsWriter& writer)>;
 
 // What the Python class declares; tools/parity/traits.py compares.
 struct Traits {
@@ -33,6 +42,7 @@ struct Traits {
   std::vector<std::string> repeated_blocks;
   // checkpoint key -> the parameter it shares memory with.
   std::map<std::string, std::string> tied_keys;
+  bool supports_gradient_checkpointing = false;
 };
 
 // Thread-safety: one forward at a time.
@@ -63,22 +73,53 @@ class Model : public nn::Module {
   const std::shared_ptr<weights::Binding>& binding() const { return binding_; }
   void set_binding(std::shared_ptr<weights::Binding> binding);
   // Reads all weights that are still stubs into memory of their own. A model from from_pretrained()
-  // does this by itself at its first call unless offloading was enabled before.
-  void load_weights();
+  // does this by itself at its first call unless offloading was enabled before. Throws IoError, and
+  // Cancelled between two tensors after a stop; what was read by then stays, a further call reads
+  // the rest.
+  void load_weights(const StopToken& stop = {});
   bool weights_loaded() const;
+  // What stops the load of a first call.
+  void set_load_stop(StopToken stop) { load_stop_ = std::move(stop); }
 
   // Attention backend of every attention module below: "native", "math", …
   // (nn/attention_dispatch.h)
   void set_attention_backend(const std::string& backend);
+  // The processor of every attention module, by the module's dotted path (diffusers'
+  // `attn_processors`).
+  std::map<std::string, std::string> attn_processors() const;
+  // The same for all. Throws ArgumentError, and changes nothing, if a module does not have it.
+  void set_attn_processor(const std::string& name);
+  // Joins query, key and value projections of all attention modules, or parts them again. Throws
+  // ArgumentError if the weights are not loaded.
+  void fuse_qkv_projections();
+  void unfuse_qkv_projections();
 
   // Writes config.json and the weights, sharded above `max_shard_size_bytes`, so that Python reads
-  // them back. Offloaded weights are read as they go. Files appear whole or not at all.
+  // them back. Offloaded weights are read as they go. Files appear whole or not at all, config.json
+  // last. Throws IoError, ArgumentError (a weight that is nowhere).
   void save_pretrained(const std::filesystem::path& folder,
-                       uint64_t max_shard_size_bytes = 10'000'000'000,
+                       uint64_t max_shard_size_bytes = kMaxShardSizeBytes,
                        const std::string& variant = "");
+  // The same with weights from elsewhere: `write` passes the bytes of each slot to the writer.
+  // Returns how many files hold the weights.
+  size_t save_pretrained_from(const WriteSlot& write, const std::filesystem::path& folder,
+                              uint64_t max_shard_size_bytes = kMaxShardSizeBytes,
+                              const std::string& variant = "");
+  // "diffusion_pytorch_model" or "model": how the weights' file names begin.
+  std::string weights_base() const;
+
+  // huggingface_hub's default.
+  static constexpr uint64_t kMaxShardSizeBytes = 10'000'000'000;
+
+ protected:
+  // Throws ArgumentError unless `method` is one of methods().
+  void check_method(const std::string& method) const;
 
  private:
+  std::vector<std::pair<std::string, nn::AttentionModule*>> attention_modules() const;
+
   std::shared_ptr<weights::Binding> binding_;
+  StopToken load_stop_;
 };
 
 struct LoadOptions {
@@ -93,7 +134,8 @@ struct LoadOptions {
 // Makes the model that `folder`/config.json names and binds it to the checkpoint beside it. Reads
 // headers only. `class_name` overrides the config's (`_class_name`, or `architectures` of
 // transformers). Throws FormatError (config, header; all missing, unexpected and mis-shaped keys at
-// once), IoError, ArgumentError (a class ferry does not have, naming those it has).
+// once; sizes that do not fit), IoError, ArgumentError (a class ferry does not have, naming those
+// it has).
 std::shared_ptr<Model> load_model(const std::filesystem::path& folder,
                                   const LoadOptions& options = {},
                                   const std::string& class_name = "");
@@ -106,7 +148,8 @@ struct ModelClass {
       make;
 };
 const std::vector<ModelClass>& model_classes();
-// Without weights: all parameters are stubs. Throws as load_model().
+// Without weights: all parameters are stubs. Throws FormatError (values of a wrong type),
+// ArgumentError (a class ferry does not have, sizes that do not fit), both naming `where`.
 std::shared_ptr<Model> make_model(const std::string& class_name,
                                   const nlohmann::ordered_json& config,
                                   const std::string& where = "config");

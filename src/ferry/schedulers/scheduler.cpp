@@ -1,8 +1,6 @@
 #include "ferry/schedulers/scheduler.h"
 
 #include "ferry/base/error.h"
-#include "ferry/io/atomic_file.h"
-#include "ferry/io/json_file.h"
 #include "ferry/schedulers/scheduling_flow_match_euler_discrete.h"
 
 namespace ferry::schedulers {
@@ -24,7 +22,13 @@ std::unique_ptr<Scheduler> make_scheduler(const std::string& class_name,
                                           const std::string& where) {
   std::string known;
   for (const SchedulerClass& entry : scheduler_classes()) {
-    if (entry.name == class_name) return entry.make(config, where);
+    if (entry.name == class_name) {
+      try {
+        return entry.make(config, where);
+      } catch (const ArgumentError& error) {
+        throw_error<ArgumentError>("{}: {}", where, error.what());
+      }
+    }
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
   throw_error<ArgumentError>("{}: ferry has no scheduler \"{}\"; it has: {}", where, class_name,
@@ -35,7 +39,7 @@ std::unique_ptr<Scheduler> load_scheduler(const std::filesystem::path& folder_or
                                           const std::string& class_name) {
   std::filesystem::path file = folder_or_file;
   if (std::filesystem::is_directory(file)) file /= "scheduler_config.json";
-  nlohmann::ordered_json config = nlohmann::ordered_json::parse(io::read_json_object(file).dump());
+  nlohmann::ordered_json config = models::read_config(file);
   std::string name = class_name;
   if (name.empty()) {
     auto it = config.find("_class_name");
@@ -53,9 +57,7 @@ void Scheduler::save_pretrained(const std::filesystem::path& folder) const {
   std::filesystem::create_directories(folder, error);
   if (error)
     throw_error<IoError>("{}: cannot create the folder: {}", folder.string(), error.message());
-  // Through the sorted json type: Python writes sorted keys.
-  nlohmann::json sorted = nlohmann::json::parse(config_json().dump());
-  io::write_file(folder / "scheduler_config.json", sorted.dump(2) + "\n");
+  models::write_config(folder / "scheduler_config.json", config_json());
 }
 
 }  // namespace ferry::schedulers

@@ -16,6 +16,9 @@ namespace ferry::schedulers {
 
 namespace {
 
+// Far beyond any schedule; more would only be memory.
+constexpr int64_t kMostSteps = 1'000'000;
+
 // numpy.linspace, with its order of operations.
 std::vector<double> linspace(double start, double stop, int64_t count) {
   std::vector<double> values(count);
@@ -39,9 +42,9 @@ at::Tensor float_tensor(const std::vector<double>& values) {
   return double_tensor(values).to(at::kFloat);
 }
 
-double number(const nlohmann::ordered_json& extra, const char* key, double otherwise) {
-  auto it = extra.find(key);
-  return it != extra.end() && it->is_number() ? it->get<double>() : otherwise;
+double number(const nlohmann::ordered_json& config, const char* key, double otherwise) {
+  auto it = config.find(key);
+  return it != config.end() && it->is_number() ? it->get<double>() : otherwise;
 }
 
 bool is_integer(const at::Tensor& timestep) {
@@ -65,10 +68,7 @@ FlowMatchEulerDiscreteScheduler::FlowMatchEulerDiscreteScheduler(
         config_.time_shift_type);
   }
   int64_t count = config_.num_train_timesteps;
-  if (count < 1) {
-    throw_error<ArgumentError>("{}: num_train_timesteps: got {}, expected 1 or more", class_name(),
-                               count);
-  }
+  models::check_size(class_name(), "num_train_timesteps", count, 1, kMostSteps);
   std::vector<double> values = linspace(1.0, static_cast<double>(count), count);
   std::reverse(values.begin(), values.end());
   sigmas_ = float_tensor(values) / count;
@@ -99,8 +99,8 @@ at::Tensor FlowMatchEulerDiscreteScheduler::stretch_shift_to_terminal(const at::
 at::Tensor FlowMatchEulerDiscreteScheduler::convert_sigmas(const at::Tensor& sigmas,
                                                            int64_t steps) const {
   // Python looks for these two in its config, where keys that the class does not know also end up.
-  double sigma_min = number(config_.extra, "sigma_min", sigmas[-1].item<double>());
-  double sigma_max = number(config_.extra, "sigma_max", sigmas[0].item<double>());
+  double sigma_min = number(config_.source, "sigma_min", sigmas[-1].item<double>());
+  double sigma_max = number(config_.source, "sigma_max", sigmas[0].item<double>());
   std::vector<double> values;
   if (config_.use_karras_sigmas) {
     constexpr double rho = 7.0;  // of the paper, https://arxiv.org/abs/2206.00364
@@ -155,9 +155,7 @@ void FlowMatchEulerDiscreteScheduler::set_timesteps(const TimestepArguments& arg
     steps = *arguments.num_inference_steps;
   check("sigmas", given_sigmas, steps);
   check("timesteps", given_timesteps, steps);
-  if (steps < 1)
-    throw_error<ArgumentError>("{}: set_timesteps: got {} steps, expected 1 or more", class_name(),
-                               steps);
+  models::check_size(class_name(), "set_timesteps: steps", steps, 1, kMostSteps);
 
   // Python computes in numpy here: in float64, or in float32 from given values. So do these
   // tensors.

@@ -155,7 +155,7 @@ at::Tensor read_tensor(const BoundSlot& bound) {
   return read_stored(bound.source).to(bound.slot.dtype());
 }
 
-void load_resident(Binding& binding, io::ReadEngine& engine) {
+void load_resident(Binding& binding, io::ReadEngine& engine, const StopToken& stop) {
   c10::InferenceMode off(false);
   // As many reads in flight as there are tensors is harmless: the engine queues. The window bounds
   // what a cast or an encoding holds twice.
@@ -167,6 +167,7 @@ void load_resident(Binding& binding, io::ReadEngine& engine) {
   };
   std::vector<Pending> pending;
   auto finish_oldest = [&] {
+    stop.throw_if_stopped();
     Pending oldest = std::move(pending.front());
     pending.erase(pending.begin());
     engine.wait(oldest.ticket);

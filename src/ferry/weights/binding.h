@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "ferry/base/stop_token.h"
 #include "ferry/io/read_engine.h"
 #include "ferry/weights/checkpoint.h"
 #include "ferry/weights/slot.h"
@@ -49,8 +50,9 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root,
                               const BindOptions& options = {});
 
 // Reads the slots that are still stubs, each into memory of its own (the resident way), casting
-// where stored and wanted dtype differ. Throws IoError.
-void load_resident(Binding& binding, io::ReadEngine& engine);
+// where stored and wanted dtype differ. Throws IoError, and Cancelled between two tensors after a
+// stop; slots read by then keep their weights.
+void load_resident(Binding& binding, io::ReadEngine& engine, const StopToken& stop = {});
 
 // One weight, read into memory of its own, as the slot's dtype; the slot itself is not touched.
 at::Tensor read_tensor(const BoundSlot& bound);

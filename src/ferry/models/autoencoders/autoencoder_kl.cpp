@@ -39,10 +39,11 @@ void check_blocks(const char* key, const std::vector<std::string>& types, const 
 int64_t sample_size_of(const AutoencoderKLConfig& config) {
   const nlohmann::ordered_json& value = config.sample_size;
   const nlohmann::ordered_json& number = value.is_array() && !value.empty() ? value[0] : value;
-  if (!number.is_number_integer() || number.get<int64_t>() <= 0) {
-    throw_error<ArgumentError>("AutoencoderKL: sample_size is {}, expected a positive number",
+  if (!number.is_number_integer()) {
+    throw_error<ArgumentError>("AutoencoderKL: sample_size: got {}, expected a positive number",
                                value.dump());
   }
+  check_size("AutoencoderKL", "sample_size", number.get<int64_t>());
   return number.get<int64_t>();
 }
 
@@ -180,13 +181,15 @@ AutoencoderKL::AutoencoderKL(Config config) : config_(std::move(config)) {
   }
   check_blocks("down_block_types", config_.down_block_types, "DownEncoderBlock2D", blocks);
   check_blocks("up_block_types", config_.up_block_types, "UpDecoderBlock2D", blocks);
-  for (int64_t size :
-       {config_.in_channels, config_.out_channels, config_.latent_channels,
-        config_.layers_per_block, config_.norm_num_groups,
-        *std::min_element(config_.block_out_channels.begin(), config_.block_out_channels.end())}) {
-    if (size <= 0)
-      throw_error<ArgumentError>("AutoencoderKL: got a size of {} in the config", size);
-  }
+  auto size = [](const char* key, int64_t value, int64_t least = 1, int64_t most = kMostChannels) {
+    check_size("AutoencoderKL", key, value, least, most);
+  };
+  size("in_channels", config_.in_channels);
+  size("out_channels", config_.out_channels);
+  size("latent_channels", config_.latent_channels);
+  size("layers_per_block", config_.layers_per_block, 1, kMostLayers);
+  size("norm_num_groups", config_.norm_num_groups);
+  for (int64_t channels : config_.block_out_channels) size("block_out_channels", channels);
   int64_t latent = config_.latent_channels;
   encoder = register_module("encoder", nn::make<Encoder>(config_));
   decoder = register_module("decoder", nn::make<Decoder>(config_));
@@ -227,30 +230,23 @@ at::Tensor AutoencoderKL::decode_tile(const at::Tensor& z) {
 }
 
 at::Tensor AutoencoderKL::encode_moments(const at::Tensor& x) {
-  return run_sliced(x, use_slicing_, [&](const at::Tensor& part) {
-    if (!use_tiling_ ||
-        (part.size(3) <= tile_sample_min_size_ && part.size(2) <= tile_sample_min_size_)) {
-      return encode_tile(part);
-    }
-    int64_t extent = static_cast<int64_t>(tile_latent_min_size_ * tile_overlap_factor_);
-    Tiles tiles{tile_sample_min_size_,
-                static_cast<int64_t>(tile_sample_min_size_ * (1 - tile_overlap_factor_)), extent,
-                tile_latent_min_size_ - extent};
-    return run_tiled(part, tiles, [&](const at::Tensor& tile) { return encode_tile(tile); });
-  });
+  return run_in_parts(x, tile_sample_min_size_, tile_latent_min_size_,
+                      [&](const at::Tensor& part) { return encode_tile(part); });
 }
 
 at::Tensor AutoencoderKL::decode_sample(const at::Tensor& z) {
-  return run_sliced(z, use_slicing_, [&](const at::Tensor& part) {
-    if (!use_tiling_ ||
-        (part.size(3) <= tile_latent_min_size_ && part.size(2) <= tile_latent_min_size_)) {
-      return decode_tile(part);
-    }
-    int64_t extent = static_cast<int64_t>(tile_sample_min_size_ * tile_overlap_factor_);
-    Tiles tiles{tile_latent_min_size_,
-                static_cast<int64_t>(tile_latent_min_size_ * (1 - tile_overlap_factor_)), extent,
-                tile_sample_min_size_ - extent};
-    return run_tiled(part, tiles, [&](const at::Tensor& tile) { return decode_tile(tile); });
+  return run_in_parts(z, tile_latent_min_size_, tile_sample_min_size_,
+                      [&](const at::Tensor& part) { return decode_tile(part); });
+}
+
+at::Tensor AutoencoderKL::run_in_parts(const at::Tensor& x, int64_t from, int64_t into,
+                                       const std::function<at::Tensor(const at::Tensor&)>& run) {
+  return run_sliced(x, use_slicing_, [&](const at::Tensor& part) {
+    if (!use_tiling_ || (part.size(3) <= from && part.size(2) <= from)) return run(part);
+    int64_t extent = static_cast<int64_t>(into * tile_overlap_factor_);
+    Tiles tiles{from, static_cast<int64_t>(from * (1 - tile_overlap_factor_)), extent,
+                into - extent};
+    return run_tiled(part, tiles, run);
   });
 }
 
@@ -269,11 +265,13 @@ at::Tensor AutoencoderKL::forward(const at::Tensor& sample) {
 Traits AutoencoderKL::traits() const {
   Traits traits;
   traits.no_split_modules = {"BasicTransformerBlock", "ResnetBlock2D"};
+  traits.supports_gradient_checkpointing = true;
   return traits;
 }
 
 NamedTensors AutoencoderKL::forward_named(const std::string& method, const NamedTensors& inputs,
                                           const nlohmann::json& arguments) {
+  check_method(method);
   NamedInputs in("AutoencoderKL." + method, inputs, arguments);
   in.argument("return_dict", true);
   if (method == "encode") {
@@ -287,16 +285,12 @@ NamedTensors AutoencoderKL::forward_named(const std::string& method, const Named
     in.finish();
     return {{"sample", decode(z)}};
   }
-  if (method == "forward") {
-    at::Tensor sample = in.required("sample");
-    if (in.argument("sample_posterior", false)) {
-      throw_error<ArgumentError>("AutoencoderKL.forward: sample_posterior is not supported here");
-    }
-    in.finish();
-    return {{"sample", call([&] { return forward(sample); })}};
+  at::Tensor sample = in.required("sample");
+  if (in.argument("sample_posterior", false)) {
+    throw_error<ArgumentError>("AutoencoderKL.forward: sample_posterior is not supported here");
   }
-  throw_error<ArgumentError>(
-      "AutoencoderKL: method '{}' is unknown; known are forward, encode, decode", method);
+  in.finish();
+  return {{"sample", call([&] { return forward(sample); })}};
 }
 
 std::string AutoencoderKL::map_key(const std::string& checkpoint_key) const {
@@ -313,20 +307,6 @@ std::string AutoencoderKL::map_key(const std::string& checkpoint_key) const {
            checkpoint_key.substr(at + old_name.size());
   }
   return checkpoint_key;
-}
-
-void AutoencoderKL::fuse_qkv_projections() {
-  for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
-      attention->fuse_projections();
-  }
-}
-
-void AutoencoderKL::unfuse_qkv_projections() {
-  for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
-      attention->unfuse_projections();
-  }
 }
 
 }  // namespace ferry::models

@@ -1,6 +1,7 @@
 // AutoencoderKL (diffusers models/autoencoders/autoencoder_kl.py and vae.py).
 #pragma once
 
+#include "ferry/models/autoencoders/autoencoder.h"
 #include "ferry/models/autoencoders/vae_blocks.h"
 #include "ferry/models/config.h"
 #include "ferry/models/model.h"
@@ -98,17 +99,8 @@ class Decoder : public nn::Module {
   nn::Ptr<nn::Conv2d> conv_out;
 };
 
-// Tiles of an image that is encoded or decoded in parts, and how far they overlap.
-struct TilingOptions {
-  // Pixels of a tile's side; unset: the config's sample_size.
-  std::optional<int64_t> tile_sample_min_size = std::nullopt;
-  // Latent values of a tile's side; unset: the above over the autoencoder's factor.
-  std::optional<int64_t> tile_latent_min_size = std::nullopt;
-  double tile_overlap_factor = 0.25;
-};
-
 // Thread-safety: as Model.
-class AutoencoderKL : public Model {
+class AutoencoderKL : public Model, public AutoencoderMixin {
  public:
   using Config = AutoencoderKLConfig;
 
@@ -123,14 +115,7 @@ class AutoencoderKL : public Model {
   // Encodes and decodes, from the mode of the distribution.
   at::Tensor forward(const at::Tensor& sample);
 
-  // One sample of a batch at a time.
-  void enable_slicing() { use_slicing_ = true; }
-  void disable_slicing() { use_slicing_ = false; }
-  bool slicing() const { return use_slicing_; }
-  // In overlapping tiles, blended: less memory, a slightly different picture.
-  void enable_tiling(const TilingOptions& options = {});
-  void disable_tiling() { use_tiling_ = false; }
-  bool tiling() const { return use_tiling_; }
+  void enable_tiling(const TilingOptions& options = {}) override;
   int64_t tile_sample_min_size() const { return tile_sample_min_size_; }
   int64_t tile_latent_min_size() const { return tile_latent_min_size_; }
 
@@ -144,10 +129,9 @@ class AutoencoderKL : public Model {
   std::string map_key(const std::string& checkpoint_key) const override;
 
   const Config& config() const { return config_; }
-  // Pixels a latent value spans in each direction.
-  int64_t scale_factor() const { return int64_t{1} << (config_.block_out_channels.size() - 1); }
-  void fuse_qkv_projections();
-  void unfuse_qkv_projections();
+  int64_t scale_factor() const override {
+    return int64_t{1} << (config_.block_out_channels.size() - 1);
+  }
 
   nn::Ptr<Encoder> encoder;
   nn::Ptr<Decoder> decoder;
@@ -158,10 +142,11 @@ class AutoencoderKL : public Model {
   at::Tensor decode_tile(const at::Tensor& z);
   at::Tensor encode_moments(const at::Tensor& x);
   at::Tensor decode_sample(const at::Tensor& z);
+  // Slices and tiles as they are set; `from` and `into` are a tile's side before and after `run`.
+  at::Tensor run_in_parts(const at::Tensor& x, int64_t from, int64_t into,
+                          const std::function<at::Tensor(const at::Tensor&)>& run);
 
   Config config_;
-  bool use_slicing_ = false;
-  bool use_tiling_ = false;
   int64_t tile_sample_min_size_;
   int64_t tile_latent_min_size_;
   double tile_overlap_factor_ = 0.25;

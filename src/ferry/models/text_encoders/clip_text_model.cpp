@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include "ferry/base/error.h"
-#include "ferry/models/named_inputs.h"
 
 namespace ferry::models {
 
@@ -22,7 +21,17 @@ bool belongs_elsewhere(const std::string& key) {
 }
 
 void check_config(const CLIPTextConfig& config) {
-  if (config.num_attention_heads < 1 || config.hidden_size % config.num_attention_heads != 0) {
+  auto size = [](const char* key, int64_t value, int64_t least = 1, int64_t most = kMostChannels) {
+    check_size("CLIPTextModel", key, value, least, most);
+  };
+  size("vocab_size", config.vocab_size, 1, kMostTokens);
+  size("hidden_size", config.hidden_size);
+  size("intermediate_size", config.intermediate_size);
+  size("projection_dim", config.projection_dim.value_or(1));
+  size("num_hidden_layers", config.num_hidden_layers, 0, kMostLayers);
+  size("num_attention_heads", config.num_attention_heads);
+  size("max_position_embeddings", config.max_position_embeddings);
+  if (config.hidden_size % config.num_attention_heads != 0) {
     throw_error<ArgumentError>(
         "CLIPTextModel: hidden_size {} is no multiple of num_attention_heads {}",
         config.hidden_size, config.num_attention_heads);
@@ -36,6 +45,7 @@ void check_config(const CLIPTextConfig& config) {
 Traits clip_traits() {
   Traits traits;
   traits.no_split_modules = {"CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPVisionEmbeddings"};
+  traits.supports_gradient_checkpointing = true;
   return traits;
 }
 
@@ -183,15 +193,9 @@ CLIPTextOutput CLIPTextModel::forward(const at::Tensor& input_ids, const at::Ten
 
 NamedTensors CLIPTextModel::forward_named(const std::string& method, const NamedTensors& inputs,
                                           const nlohmann::json& arguments) {
-  NamedInputs named_inputs(class_name(), inputs, arguments);
-  at::Tensor input_ids = named_inputs.required("input_ids");
-  at::Tensor attention_mask = named_inputs.optional("attention_mask");
-  at::Tensor position_ids = named_inputs.optional("position_ids");
-  bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
-  named_inputs.argument("return_dict", true);
-  named_inputs.finish();
-  CLIPTextOutput output =
-      call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
+  TextInputs in = text_inputs(method, inputs, arguments, "position_ids", /*ids_are_required=*/true);
+  CLIPTextOutput output = call(
+      [&] { return forward(in.input_ids, in.attention_mask, in.other, in.output_hidden_states); });
   NamedTensors named = {{"last_hidden_state", output.last_hidden_state},
                         {"pooler_output", output.pooler_output}};
   add_hidden_states(named, output.hidden_states);
@@ -238,15 +242,9 @@ CLIPTextModelWithProjection::Output CLIPTextModelWithProjection::forward(
 NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& method,
                                                         const NamedTensors& inputs,
                                                         const nlohmann::json& arguments) {
-  NamedInputs named_inputs(class_name(), inputs, arguments);
-  at::Tensor input_ids = named_inputs.required("input_ids");
-  at::Tensor attention_mask = named_inputs.optional("attention_mask");
-  at::Tensor position_ids = named_inputs.optional("position_ids");
-  bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
-  named_inputs.argument("return_dict", true);
-  named_inputs.finish();
-  Output output =
-      call([&] { return forward(input_ids, attention_mask, position_ids, output_hidden_states); });
+  TextInputs in = text_inputs(method, inputs, arguments, "position_ids", /*ids_are_required=*/true);
+  Output output = call(
+      [&] { return forward(in.input_ids, in.attention_mask, in.other, in.output_hidden_states); });
   NamedTensors named = {{"text_embeds", output.text_embeds},
                         {"last_hidden_state", output.text.last_hidden_state}};
   add_hidden_states(named, output.text.hidden_states);

@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "ferry/base/error.h"
-#include "ferry/models/named_inputs.h"
 
 namespace ferry::models {
 
@@ -53,13 +52,19 @@ at::Tensor relative_position_bucket(at::Tensor relative_position, int64_t num_bu
 void check_config(const T5Config& config) {
   if (config.is_decoder)
     throw_error<ArgumentError>("T5EncoderModel: is_decoder is set, expected an encoder");
-  if (config.relative_attention_num_buckets < 4 ||
-      config.relative_attention_max_distance <= config.relative_attention_num_buckets / 4) {
-    throw_error<ArgumentError>(
-        "T5EncoderModel: relative_attention_num_buckets {} and relative_attention_max_distance "
-        "{}: expected at least 4 buckets, and a distance above a quarter of them",
-        config.relative_attention_num_buckets, config.relative_attention_max_distance);
-  }
+  auto size = [](const char* key, int64_t value, int64_t least = 1, int64_t most = kMostChannels) {
+    check_size("T5EncoderModel", key, value, least, most);
+  };
+  size("vocab_size", config.vocab_size, 1, kMostTokens);
+  size("d_model", config.d_model);
+  size("d_kv", config.d_kv);
+  size("d_ff", config.d_ff);
+  size("num_layers", config.num_layers, 0, kMostLayers);
+  size("num_heads", config.num_heads);
+  size("num_heads * d_kv", config.num_heads * config.d_kv);
+  size("relative_attention_num_buckets", config.relative_attention_num_buckets, 4);
+  size("relative_attention_max_distance", config.relative_attention_max_distance,
+       config.relative_attention_num_buckets / 4 + 1, kMostTokens);
 }
 
 }  // namespace
@@ -234,6 +239,7 @@ Traits T5EncoderModel::traits() const {
   traits.keep_in_fp32_modules = {"wo"};
   traits.no_split_modules = {"T5Block"};
   traits.tied_keys = {{"encoder.embed_tokens.weight", "shared.weight"}};
+  traits.supports_gradient_checkpointing = true;
   return traits;
 }
 
@@ -262,15 +268,10 @@ T5EncoderModel::Output T5EncoderModel::forward(const at::Tensor& input_ids,
 
 NamedTensors T5EncoderModel::forward_named(const std::string& method, const NamedTensors& inputs,
                                            const nlohmann::json& arguments) {
-  NamedInputs named_inputs(class_name(), inputs, arguments);
-  at::Tensor input_ids = named_inputs.optional("input_ids");
-  at::Tensor attention_mask = named_inputs.optional("attention_mask");
-  at::Tensor inputs_embeds = named_inputs.optional("inputs_embeds");
-  bool output_hidden_states = named_inputs.argument("output_hidden_states", false);
-  named_inputs.argument("return_dict", true);
-  named_inputs.finish();
-  Output output =
-      call([&] { return forward(input_ids, attention_mask, inputs_embeds, output_hidden_states); });
+  TextInputs in =
+      text_inputs(method, inputs, arguments, "inputs_embeds", /*ids_are_required=*/false);
+  Output output = call(
+      [&] { return forward(in.input_ids, in.attention_mask, in.other, in.output_hidden_states); });
   NamedTensors named = {{"last_hidden_state", output.last_hidden_state}};
   add_hidden_states(named, output.hidden_states);
   return named;

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include "ferry/base/error.h"
+#include "ferry/models/named_inputs.h"
 #include "ferry/tensor/dtype.h"
 
 namespace ferry::models {
@@ -15,6 +16,23 @@ nlohmann::ordered_json TransformersModel::finish_config(nlohmann::ordered_json j
   // transformers loads in the dtype that is written here; before version 5 the key was torch_dtype.
   json[json.contains("torch_dtype") ? "torch_dtype" : "dtype"] = tensor::dtype_name(dtype());
   return json;
+}
+
+TransformersModel::TextInputs TransformersModel::text_inputs(const std::string& method,
+                                                             const NamedTensors& inputs,
+                                                             const nlohmann::json& arguments,
+                                                             const std::string& other,
+                                                             bool ids_are_required) const {
+  check_method(method);
+  NamedInputs in(class_name(), inputs, arguments);
+  TextInputs found;
+  found.input_ids = ids_are_required ? in.required("input_ids") : in.optional("input_ids");
+  found.attention_mask = in.optional("attention_mask");
+  found.other = in.optional(other);
+  found.output_hidden_states = in.argument("output_hidden_states", false);
+  in.argument("return_dict", true);
+  in.finish();
+  return found;
 }
 
 void TransformersModel::add_hidden_states(NamedTensors& outputs,

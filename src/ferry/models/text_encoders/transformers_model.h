@@ -18,6 +18,18 @@ class TransformersModel : public Model {
   nlohmann::ordered_json finish_config(nlohmann::ordered_json json,
                                        const std::string& model_type) const;
 
+  // What forward_named() of a text encoder takes; tensors that were not given are undefined.
+  struct TextInputs {
+    at::Tensor input_ids;       // [batch, tokens]
+    at::Tensor attention_mask;  // [batch, tokens]
+    at::Tensor other;           // the class's own: position_ids, inputs_embeds
+    bool output_hidden_states = false;
+  };
+  // Throws ArgumentError for an unknown method or input, and for missing ids if they are required.
+  TextInputs text_inputs(const std::string& method, const NamedTensors& inputs,
+                         const nlohmann::json& arguments, const std::string& other,
+                         bool ids_are_required) const;
+
   // Adds "hidden_states.0", … as transformers' tuple.
   static void add_hidden_states(NamedTensors& outputs,
                                 const std::vector<at::Tensor>& hidden_states);

@@ -39,21 +39,26 @@ const at::Tensor& stretched(const std::vector<at::Tensor>& samples, size_t index
 }
 
 void check(const FluxTransformer2DConfig& config) {
-  auto positive = [](const char* name, int64_t value, int64_t least = 1) {
-    if (value < least) {
-      throw_error<ArgumentError>("FluxTransformer2DModel: {} is {}, expected at least {}", name,
-                                 value, least);
-    }
+  auto size = [](const char* key, int64_t value, int64_t least = 1, int64_t most = kMostChannels) {
+    check_size("FluxTransformer2DModel", key, value, least, most);
   };
-  positive("patch_size", config.patch_size);
-  positive("in_channels", config.in_channels);
-  positive("out_channels", config.out_channels.value_or(1));
-  positive("num_layers", config.num_layers, 0);
-  positive("num_single_layers", config.num_single_layers, 0);
-  positive("attention_head_dim", config.attention_head_dim);
-  positive("num_attention_heads", config.num_attention_heads);
-  positive("joint_attention_dim", config.joint_attention_dim);
-  positive("pooled_projection_dim", config.pooled_projection_dim);
+  size("patch_size", config.patch_size, 1, 1 << 8);
+  size("in_channels", config.in_channels);
+  size("out_channels", config.out_channels.value_or(1));
+  size("num_layers", config.num_layers, 0, kMostLayers);
+  size("num_single_layers", config.num_single_layers, 0, kMostLayers);
+  size("attention_head_dim", config.attention_head_dim);
+  size("num_attention_heads", config.num_attention_heads);
+  size("num_attention_heads * attention_head_dim", config.inner_dim());
+  size("joint_attention_dim", config.joint_attention_dim);
+  size("pooled_projection_dim", config.pooled_projection_dim);
+  for (int64_t axis : config.axes_dims_rope) {
+    size("axes_dims_rope", axis, 0, config.attention_head_dim);
+    if (axis % 2 != 0) {
+      throw_error<ArgumentError>(
+          "FluxTransformer2DModel: axes_dims_rope: got {}, expected even numbers", axis);
+    }
+  }
   int64_t rope =
       std::accumulate(config.axes_dims_rope.begin(), config.axes_dims_rope.end(), int64_t{0});
   if (rope != config.attention_head_dim) {
@@ -299,16 +304,14 @@ Traits FluxTransformer2DModel::traits() const {
   traits.no_split_modules = {"FluxTransformerBlock", "FluxSingleTransformerBlock"};
   traits.skip_layerwise_casting_patterns = {"pos_embed", "norm"};
   traits.repeated_blocks = {"FluxTransformerBlock", "FluxSingleTransformerBlock"};
+  traits.supports_gradient_checkpointing = true;
   return traits;
 }
 
 NamedTensors FluxTransformer2DModel::forward_named(const std::string& method,
                                                    const NamedTensors& inputs,
                                                    const nlohmann::json& arguments) {
-  if (method != "forward") {
-    throw_error<ArgumentError>("FluxTransformer2DModel: method '{}' is unknown; known is forward",
-                               method);
-  }
+  check_method(method);
   NamedInputs in("FluxTransformer2DModel.forward", inputs, arguments);
   at::Tensor hidden_states = in.required("hidden_states");
   at::Tensor encoder_hidden_states = in.required("encoder_hidden_states");
@@ -332,20 +335,6 @@ NamedTensors FluxTransformer2DModel::forward_named(const std::string& method,
              return forward(hidden_states, encoder_hidden_states, pooled_projections, timestep,
                             img_ids, txt_ids, guidance, controlnet);
            })}};
-}
-
-void FluxTransformer2DModel::fuse_qkv_projections() {
-  for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
-      attention->fuse_projections();
-  }
-}
-
-void FluxTransformer2DModel::unfuse_qkv_projections() {
-  for (const auto& module : modules()) {
-    if (auto* attention = dynamic_cast<nn::AttentionModule*>(module.get()))
-      attention->unfuse_projections();
-  }
 }
 
 }  // namespace ferry::models

@@ -179,8 +179,6 @@ class FluxTransformer2DModel : public Model {
                              const nlohmann::json& arguments) override;
 
   const Config& config() const { return config_; }
-  void fuse_qkv_projections();
-  void unfuse_qkv_projections();
 
   nn::Ptr<nn::FluxPosEmbed> pos_embed;
   nn::Ptr<nn::CombinedTimestepTextProjEmbeddings> time_text_embed;
