@@ -11,12 +11,14 @@
 
 #include "../io/temp_folder.h"
 #include "ferry/base/error.h"
+#include "ferry/testing/pipeline_suites.h"
 #include "ferry/weights/binding.h"
 
 namespace ferry::pipelines {
 namespace {
 
 namespace fs = std::filesystem;
+using ferry::testing::PipelineCase;
 using ::testing::HasSubstr;
 using testing_io::error_of;
 using testing_io::TempFolder;
@@ -90,6 +92,27 @@ INSTANTIATE_TEST_SUITE_P(Calls, Picture,
                          ::testing::Values("expected", "expected_true_cfg", "expected_two_images",
                                            "expected_two_prompts"));
 
+PipelineCase tiny() {
+  TextToImageArguments a;
+  a.prompt = "a large red circle on a white background";
+  a.height = 32;
+  a.width = 48;
+  a.num_inference_steps = 2;
+  a.max_sequence_length = 32;
+  return {.name = "FluxTiny", .folder = kFolder, .arguments = a};
+}
+
+}  // namespace
+}  // namespace ferry::pipelines
+
+namespace ferry::testing {
+INSTANTIATE_TEST_SUITE_P(Pipelines, PipelineTester, ::testing::Values(pipelines::tiny()),
+                         pipeline_case_name);
+}  // namespace ferry::testing
+
+namespace ferry::pipelines {
+namespace {
+
 TEST(FluxPipeline, ReadsTheIndexAndKeepsIt) {
   auto pipeline = load();
   EXPECT_EQ(pipeline->class_name(), "FluxPipeline");
@@ -97,121 +120,6 @@ TEST(FluxPipeline, ReadsTheIndexAndKeepsIt) {
   EXPECT_TRUE(pipeline->has("tokenizer_2"));
   EXPECT_EQ(pipeline->config()["image_encoder"], nlohmann::json::parse("[null, null]"));
   EXPECT_EQ(pipeline->vae_scale_factor(), 2);
-}
-
-TEST(FluxPipeline, SavedAndLoadedGivesTheSamePicture) {
-  TempFolder folder;
-  // A scalar that lives in the index, and one that nobody knows.
-  fs::copy(kFolder, folder / "in", fs::copy_options::recursive);
-  auto index = read_json(folder / "in/model_index.json");
-  index["force_zeros_for_empty_prompt"] = true;
-  index["from_a_newer_version"] = {1, 2, 3};
-  testing_io::write_text(folder / "in/model_index.json", index.dump());
-
-  auto first = std::dynamic_pointer_cast<FluxPipeline>(
-      DiffusionPipeline::from_pretrained((folder / "in").string()));
-  first->save_pretrained(folder / "out");
-  EXPECT_EQ(read_json(folder / "out/model_index.json"), index);
-  auto second = std::dynamic_pointer_cast<FluxPipeline>(
-      DiffusionPipeline::from_pretrained((folder / "out").string()));
-  EXPECT_TRUE(at::equal((*first)(small()).tensor, (*second)(small()).tensor));
-}
-
-TEST(FluxPipeline, StreamedIsBitIdenticalToResident) {
-  auto pipeline = load();
-  at::Tensor resident = (*pipeline)(small()).tensor;
-  auto streamed = load();
-  streamed->set_memory_budget(224 << 10);
-  EXPECT_TRUE(at::equal((*streamed)(small()).tensor, resident));
-  hooks::GroupOffloadingConfig blocks;
-  blocks.offload_type = hooks::OffloadType::block_level;
-  offload::EngineOptions options;
-  options.weights_memory_bytes = 1 << 20;
-  streamed->enable_group_offload(std::make_shared<offload::Engine>(options), blocks);
-  EXPECT_TRUE(at::equal((*streamed)(small()).tensor, resident));
-  streamed->disable_group_offload();
-  EXPECT_TRUE(at::equal((*streamed)(small()).tensor, resident));
-}
-
-TEST(FluxPipeline, CallbackSeesAndReplacesTensors) {
-  auto pipeline = load();
-  std::vector<int64_t> steps;
-  std::vector<double> times;
-  auto a = small();
-  a.callback_on_step_end_tensor_inputs = {"latents", "prompt_embeds"};
-  a.callback_on_step_end = [&](FluxPipeline& p, int64_t step, const at::Tensor& timestep,
-                               const CallbackTensors& tensors) {
-    EXPECT_EQ(&p, pipeline.get());
-    EXPECT_EQ(tensors.at("prompt_embeds").size(1), 32);
-    steps.push_back(step);
-    times.push_back(timestep.item<double>());
-    if (step == 1) return CallbackTensors{{"latents", at::zeros_like(tensors.at("latents"))}};
-    return CallbackTensors{};
-  };
-  at::Tensor latents = (*pipeline)(a).tensor;
-  EXPECT_EQ(steps, (std::vector<int64_t>{0, 1}));
-  EXPECT_GT(times[0], times[1]);
-  EXPECT_EQ(latents.abs().max().item<double>(), 0);
-}
-
-TEST(FluxPipeline, InterruptSkipsTheRest) {
-  auto pipeline = load();
-  auto a = small();
-  a.num_inference_steps = 5;
-  int calls = 0;
-  a.callback_on_step_end = [&](FluxPipeline& p, int64_t step, const at::Tensor&,
-                               const CallbackTensors&) {
-    ++calls;
-    if (step == 1) p.set_interrupt(true);
-    return CallbackTensors{};
-  };
-  (*pipeline)(a);
-  EXPECT_EQ(calls, 2);
-}
-
-TEST(FluxPipeline, StopsBetweenBlocks) {
-  auto pipeline = load();
-  StopSource stop;
-  auto a = small();
-  a.stop = stop.token();
-  a.num_inference_steps = 50;
-  a.progress = [&](const Progress& progress) {
-    if (progress.stage == "denoise" && progress.step == 1) stop.request_stop();
-  };
-  EXPECT_THROW((*pipeline)(a), Cancelled);
-  // and works again afterwards
-  EXPECT_NO_THROW((*pipeline)(small()));
-}
-
-TEST(FluxPipeline, ProgressCountsEveryStage) {
-  auto pipeline = load();
-  auto a = small();
-  a.output_type = OutputType::image;
-  std::vector<std::string> seen;
-  a.progress = [&](const Progress& p) {
-    seen.push_back(fmt::format("{} {}/{}", p.stage, p.step, p.total));
-  };
-  auto output = (*pipeline)(a);
-  EXPECT_THAT(seen, ::testing::ElementsAre("encode 0/1", "encode 1/1", "denoise 0/2", "denoise 1/2",
-                                           "denoise 2/2", "decode 0/1", "decode 1/1"));
-  ASSERT_EQ(output.images.size(), 1u);
-  EXPECT_EQ(output.images[0].width, 48);
-  EXPECT_EQ(output.images[0].height, 32);
-}
-
-// One generator for each picture makes a picture independent of the batch around it.
-TEST(FluxPipeline, BatchIsConsistentWithSinglePictures) {
-  auto pipeline = load();
-  auto batch = small();
-  batch.prompt = {"a red circle", "two tiny green stars"};
-  batch.generator = {tensor::Generator().manual_seed(1), tensor::Generator().manual_seed(2)};
-  at::Tensor together = (*pipeline)(batch).tensor;
-  ASSERT_EQ(together.size(0), 2);
-  for (int64_t i = 0; i < 2; ++i) {
-    auto one = small(1 + i);
-    one.prompt = batch.prompt[i];
-    EXPECT_LT(((*pipeline)(one).tensor[0] - together[i]).abs().max().item<double>(), 1e-4) << i;
-  }
 }
 
 TEST(FluxPipeline, EmbeddingsStandForThePrompt) {
@@ -247,17 +155,11 @@ TEST(FluxPipeline, ComponentsCanBeReplaced) {
   EXPECT_THAT(error_of<ArgumentError>([&] { load(options); }), HasSubstr("transformr"));
 }
 
-TEST(FluxPipeline, MixedDtypesWork) {
+TEST(FluxPipeline, AnotherKindOfAutoencoderIsRefused) {
   PipelineLoadOptions options;
-  options.dtype = DtypeMap::parse("bf16,vae=fp32");
-  auto pipeline = load(options);
-  EXPECT_EQ(pipeline->model("transformer").dtype(), at::kBFloat16);
-  EXPECT_EQ(pipeline->model("vae").dtype(), at::kFloat);
-  auto a = small();
-  a.output_type = OutputType::pt;
-  at::Tensor picture = (*pipeline)(a).tensor;
-  EXPECT_TRUE(at::isfinite(picture).all().item<bool>());
-  EXPECT_EQ(picture.sizes(), at::IntArrayRef({1, 3, 32, 48}));
+  options.components["vae"] = Component(models::load_model(kFolder / "text_encoder"));
+  EXPECT_THAT(error_of<ArgumentError>([&] { load(options); }),
+              HasSubstr("expected an autoencoder"));
 }
 
 TEST(FluxPipeline, WrongArgumentsAreRefused) {
@@ -306,13 +208,6 @@ TEST(FluxPipeline, BadFoldersAreExplained) {
   EXPECT_THAT(message(), HasSubstr("no folder name"));
   testing_io::write_text(folder / "model_index.json", "{");
   EXPECT_THAT(message(), HasSubstr("model_index.json"));
-}
-
-TEST(FluxPipeline, TooSmallABudgetNamesTheLeast) {
-  auto pipeline = load();
-  EXPECT_THROW(pipeline->set_memory_budget(100), BudgetError);
-  EXPECT_FALSE(pipeline->engine());
-  EXPECT_NO_THROW((*pipeline)(small()));
 }
 
 TEST(CalculateShift, GivesTheValuesOfDiffusers) {

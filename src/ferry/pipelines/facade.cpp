@@ -3,10 +3,37 @@
 #include <random>
 
 #include "ferry/base/error.h"
-#include "ferry/ferry.h"
-#include "ferry/pipelines/pipeline.h"
+#include "ferry/pipelines/picture_options.h"
 
 namespace ferry {
+
+namespace pipelines {
+
+uint64_t seed_of(const PictureOptions& options) {
+  return options.seed.value_or(std::random_device{}());
+}
+
+TextToImageArguments arguments_of(const PictureOptions& options, uint64_t seed) {
+  TextToImageArguments arguments;
+  arguments.prompt = options.prompt;
+  if (options.negative_prompt) arguments.negative_prompt = Texts(*options.negative_prompt);
+  arguments.width = options.width;
+  arguments.height = options.height;
+  arguments.num_inference_steps = options.steps;
+  arguments.guidance_scale = options.guidance_scale;
+  arguments.true_cfg_scale = options.true_cfg_scale;
+  arguments.max_sequence_length = options.max_sequence_length;
+  arguments.num_images_per_prompt = options.num_images;
+  arguments.generator = {tensor::Generator().manual_seed(seed)};
+  if (options.on_progress) {
+    arguments.progress = [&options](const Progress& progress) {
+      options.on_progress({progress.stage, progress.step, progress.total});
+    };
+  }
+  return arguments;
+}
+
+}  // namespace pipelines
 
 struct Pipeline::State {
   std::shared_ptr<pipelines::DiffusionPipeline> pipeline;
@@ -30,27 +57,11 @@ Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions
 }
 
 std::vector<Picture> Pipeline::generate(const PictureOptions& options) {
-  uint64_t seed = options.seed.value_or(std::random_device{}());
+  uint64_t seed = pipelines::seed_of(options);
   StopSource stop;
   std::stop_callback forward_stop(options.stop, [&stop] { stop.request_stop(); });
-  pipelines::TextToImageArguments arguments;
-  arguments.prompt = options.prompt;
-  if (options.negative_prompt)
-    arguments.negative_prompt = pipelines::Texts(*options.negative_prompt);
-  arguments.width = options.width;
-  arguments.height = options.height;
-  arguments.num_inference_steps = options.steps;
-  arguments.guidance_scale = options.guidance_scale;
-  arguments.true_cfg_scale = options.true_cfg_scale;
-  arguments.max_sequence_length = options.max_sequence_length;
-  arguments.num_images_per_prompt = options.num_images;
-  arguments.generator = {tensor::Generator().manual_seed(seed)};
+  pipelines::TextToImageArguments arguments = pipelines::arguments_of(options, seed);
   arguments.stop = stop.token();
-  if (options.on_progress) {
-    arguments.progress = [&](const pipelines::Progress& progress) {
-      options.on_progress({progress.stage, progress.step, progress.total});
-    };
-  }
   std::vector<Picture> pictures;
   for (pipelines::Image& image : state_->pipeline->text_to_image(arguments).images) {
     if (image.channels != 3)

@@ -6,8 +6,7 @@
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
 #include "ferry/hooks/lockstep.h"
-#include "ferry/io/atomic_file.h"
-#include "ferry/io/json_file.h"
+#include "ferry/models/config.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/slot.h"
@@ -121,8 +120,7 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(
     throw_error<IoError>("{}: not the folder of a diffusers pipeline: it has no model_index.json{}",
                          folder.string(), hint);
   }
-  io::read_json_object(index_path);  // with its limits and messages
-  Json index = Json::parse(io::read_text_file(index_path));
+  Json index = models::read_config(index_path);
   std::string where = index_path.string();
   if (!index.contains("_class_name") || !index["_class_name"].is_string()) {
     throw_error<FormatError>("{}: expected a key \"_class_name\" that names the pipeline", where);
@@ -212,7 +210,7 @@ void DiffusionPipeline::save_pretrained(const fs::path& folder, uint64_t max_sha
     }
   }
   // Last, so that a folder with an index is complete.
-  io::write_file(folder / "model_index.json", index.dump(2) + "\n");
+  models::write_config(folder / "model_index.json", index);
 }
 
 PipelineOutput DiffusionPipeline::text_to_image(const TextToImageArguments&) {

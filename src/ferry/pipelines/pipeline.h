@@ -84,6 +84,16 @@ struct Texts : std::vector<std::string> {
   Texts(std::vector<std::string> texts) : std::vector<std::string>(std::move(texts)) {}
 };
 
+class DiffusionPipeline;
+
+// Tensors by their Python names, to and from a step callback.
+using CallbackTensors = std::map<std::string, at::Tensor>;
+// Called after each step with the tensors that were asked for; what it returns replaces those of
+// the same names. `timestep` is one of the scheduler's, a scalar.
+using StepCallback =
+    std::function<CallbackTensors(DiffusionPipeline& pipeline, int64_t step,
+                                  const at::Tensor& timestep, const CallbackTensors& tensors)>;
+
 // What text-to-image pipelines have in common; unset values are the pipeline's defaults. A pipeline
 // throws ArgumentError for one that it cannot follow.
 struct TextToImageArguments {
@@ -95,6 +105,9 @@ struct TextToImageArguments {
   std::vector<tensor::Generator> generator;
   std::optional<at::Tensor> latents;
   OutputType output_type = OutputType::image;
+  StepCallback callback_on_step_end;
+  // Every pipeline has "latents" and "prompt_embeds".
+  std::vector<std::string> callback_on_step_end_tensor_inputs = {"latents"};
   ProgressCallback progress;
   StopToken stop;
 };
@@ -123,6 +136,11 @@ class DiffusionPipeline {
 
   virtual std::string class_name() const = 0;
   virtual PipelineOutput text_to_image(const TextToImageArguments& arguments);
+
+  // Ends the running generation after this step (from a callback); the rest of the steps are
+  // skipped.
+  void set_interrupt(bool interrupt) { interrupt_ = interrupt; }
+  bool interrupt() const { return interrupt_; }
 
   // model_index.json as it was read.
   const nlohmann::ordered_json& config() const { return config_; }
@@ -165,6 +183,7 @@ class DiffusionPipeline {
  private:
   std::map<std::string, Component> components_;
   nlohmann::ordered_json config_;
+  bool interrupt_ = false;
   std::shared_ptr<offload::Engine> engine_;
   std::map<std::string, std::shared_ptr<hooks::GroupOffloading>>
       offloading_;  // before components_ in destruction

@@ -25,7 +25,8 @@ bool is_list_entry(const std::string& path) {
 
 }  // namespace
 
-StopHooks::StopHooks(nn::Module& root, const StopToken& stop) {
+StopHooks::StopHooks(models::Model& root, const StopToken& stop) : root_(root) {
+  root.set_load_stop(stop);
   auto hook = std::make_shared<StopHook>(stop);
   for (const auto& entry : root.named_modules()) {
     auto* module = dynamic_cast<nn::Module*>(entry.value().get());
@@ -36,6 +37,7 @@ StopHooks::StopHooks(nn::Module& root, const StopToken& stop) {
 }
 
 StopHooks::~StopHooks() {
+  root_.set_load_stop({});
   for (nn::Module* module : hooked_) module->remove_hook(kName);
 }
 

@@ -10,6 +10,7 @@
 #include <ostream>
 #include <string>
 
+#include "ferry/models/cast_inputs.h"
 #include "ferry/models/model.h"
 #include "ferry/weights/checkpoint.h"
 
@@ -25,13 +26,9 @@ struct ModelCase {
   models::NamedTensors read_inputs(std::optional<at::ScalarType> dtype = {}) const {
     models::NamedTensors tensors;
     auto checkpoint = weights::Checkpoint::open_file(inputs);
-    for (const auto& stored : checkpoint->tensors()) {
-      at::Tensor tensor = weights::read_stored(stored);
-      const bool exact =
-          stored.key.ends_with("_ids") || stored.key == "timestep" || stored.key == "guidance";
-      tensors[stored.key] =
-          dtype && !exact && at::isFloatingType(tensor.scalar_type()) ? tensor.to(*dtype) : tensor;
-    }
+    for (const auto& stored : checkpoint->tensors())
+      tensors[stored.key] = weights::read_stored(stored);
+    if (dtype) models::cast_inputs(tensors, *dtype);
     return tensors;
   }
   std::shared_ptr<models::Model> load(const models::LoadOptions& options = {}) const {

@@ -9,6 +9,8 @@
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
+#include "ferry/models/autoencoders/autoencoder.h"
+#include "ferry/models/config.h"
 #include "ferry/pipelines/stop_hook.h"
 
 namespace ferry::pipelines {
@@ -19,8 +21,7 @@ constexpr int64_t kDefaultSampleSize = 128;
 // A value of a component's config; `fallback` where it is absent or null.
 template <class T>
 T value_of(const nlohmann::ordered_json& config, const char* key, T fallback) {
-  auto it = config.find(key);
-  return it == config.end() || it->is_null() ? fallback : it->get<T>();
+  return models::config_value(config, key, fallback, "a component's config");
 }
 
 // What a model returned under `name`.
@@ -80,8 +81,13 @@ FluxPipeline::FluxPipeline(std::map<std::string, Component> components,
                            nlohmann::ordered_json config)
     : DiffusionPipeline(std::move(components), std::move(config)) {
   if (has("vae")) {
-    auto channels = model("vae").config_json().at("block_out_channels");
-    vae_scale_factor_ = int64_t{1} << (channels.size() - 1);
+    auto* vae = dynamic_cast<models::AutoencoderMixin*>(&model("vae"));
+    if (!vae) {
+      throw_error<ArgumentError>(
+          "FluxPipeline: the component \"vae\" is a {}, expected an autoencoder",
+          model("vae").class_name());
+    }
+    vae_scale_factor_ = vae->scale_factor();
   }
 }
 
@@ -309,7 +315,7 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
   int64_t width = a.width.value_or(kDefaultSampleSize * vae_scale_factor_);
   check_inputs(a, height, width);
   guidance_scale_ = a.guidance_scale;
-  interrupt_ = false;
+  set_interrupt(false);
   auto tell = [&](const char* stage, int64_t step, int64_t total) {
     a.stop.throw_if_stopped();
     if (a.progress) a.progress({stage, step, total});
@@ -375,7 +381,7 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
   announce({{"transformer", num_timesteps_}, {"vae", decodes}});
   tell("denoise", 0, num_timesteps_);
   for (int64_t i = 0; i < num_timesteps_; ++i) {
-    if (interrupt_) continue;
+    if (interrupt()) continue;
     at::Tensor t = scheduler.timesteps()[i];
     current_timestep_ = t;
     at::Tensor timestep = t.expand({batch}).to(latents.scalar_type());
@@ -443,6 +449,8 @@ PipelineOutput FluxPipeline::text_to_image(const TextToImageArguments& common) {
   a.generator = common.generator;
   a.latents = common.latents;
   a.output_type = common.output_type;
+  a.callback_on_step_end = common.callback_on_step_end;
+  a.callback_on_step_end_tensor_inputs = common.callback_on_step_end_tensor_inputs;
   a.progress = common.progress;
   a.stop = common.stop;
   return (*this)(a);

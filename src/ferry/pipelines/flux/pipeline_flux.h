@@ -10,11 +10,6 @@
 
 namespace ferry::pipelines {
 
-class FluxPipeline;
-
-// Tensors by their Python names, to and from callback_on_step_end.
-using CallbackTensors = std::map<std::string, at::Tensor>;
-
 // The arguments of FluxPipeline.__call__, under their names.
 struct FluxPipelineArguments {
   Texts prompt;
@@ -41,11 +36,7 @@ struct FluxPipelineArguments {
   std::optional<at::Tensor> negative_prompt_embeds, negative_pooled_prompt_embeds;
   OutputType output_type = OutputType::image;
   nlohmann::json joint_attention_kwargs = nlohmann::json::object();
-  // Called after each step with the tensors named below; what it returns replaces "latents" and
-  // "prompt_embeds". `timestep` is one of the scheduler's, a scalar.
-  std::function<CallbackTensors(FluxPipeline& pipeline, int64_t step, const at::Tensor& timestep,
-                                const CallbackTensors& tensors)>
-      callback_on_step_end;
+  StepCallback callback_on_step_end;
   // Of "latents" and "prompt_embeds".
   std::vector<std::string> callback_on_step_end_tensor_inputs = {"latents"};
   int64_t max_sequence_length = 512;
@@ -76,10 +67,6 @@ class FluxPipeline : public DiffusionPipeline {
   PromptEmbeds encode_prompt(const Texts& prompt, const Texts& prompt_2,
                              int64_t num_images_per_prompt = 1, int64_t max_sequence_length = 512);
 
-  // Ends the running generation after this step (from a callback); the rest of the steps are
-  // skipped.
-  void set_interrupt(bool interrupt) { interrupt_ = interrupt; }
-  bool interrupt() const { return interrupt_; }
   // Of the running generation.
   double guidance_scale() const { return guidance_scale_; }
   int64_t num_timesteps() const { return num_timesteps_; }
@@ -116,7 +103,6 @@ class FluxPipeline : public DiffusionPipeline {
   at::Tensor decode(const at::Tensor& latents, int64_t height, int64_t width);
 
   int64_t vae_scale_factor_ = 8;
-  bool interrupt_ = false;
   double guidance_scale_ = 0;
   int64_t num_timesteps_ = 0;
   at::Tensor current_timestep_;
