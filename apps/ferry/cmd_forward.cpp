@@ -13,6 +13,7 @@
 #include "ferry/base/units.h"
 #include "ferry/hooks/group_offloading.h"
 #include "ferry/io/atomic_file.h"
+#include "ferry/models/cast_inputs.h"
 #include "ferry/models/model.h"
 #include "ferry/pipelines/stop_hook.h"
 #include "ferry/tensor/dtype.h"
@@ -96,16 +97,6 @@ void attach_dump(models::Model& model, const std::string& pattern, models::Named
                                model.class_name());
 }
 
-// Floating-point inputs follow the model's dtype, as a caller in Python would pass them; positions
-// (ids), timesteps and guidance stay exact, the models cast those themselves.
-void cast_inputs(models::NamedTensors& inputs, at::ScalarType dtype) {
-  for (auto& [name, tensor] : inputs) {
-    if (!at::isFloatingType(tensor.scalar_type()) || tensor.scalar_type() == dtype) continue;
-    if (name.ends_with("_ids") || name == "timestep" || name == "guidance") continue;
-    tensor = tensor.to(dtype);
-  }
-}
-
 int run_forward(const ForwardOptions& options, Context& context) {
   check_writable_parent(options.output);
   check_writable_parent(options.stats);
@@ -144,7 +135,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
     offloading = hooks::apply_group_offloading(*model, model->binding(), engine, config,
                                                model->class_name());
   } else {
-    model->load_weights();
+    model->load_weights(context.stop);
   }
   double load_seconds = seconds_since(start);
 
@@ -154,7 +145,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
     if (module.children().empty())
       module.add_hook("first_compute", std::make_shared<FirstComputeHook>(first_compute));
   });
-  cast_inputs(inputs, model->dtype());
+  models::cast_inputs(inputs, model->dtype());
 
   models::NamedTensors outputs, dumped;
   std::vector<double> forward_seconds;
@@ -231,12 +222,7 @@ Command add_forward(CLI::App& app) {
   command->add_option("component", options->folder, "folder with config.json and weights")
       ->required()
       ->type_name("DIR");
-  command->add_option("--inputs", options->inputs, "safetensors file")
-      ->required()
-      ->type_name("FILE");
-  command->add_option("--output", options->output, "safetensors file to write")
-      ->required()
-      ->type_name("FILE");
+  add_tensor_files(command, options->inputs, options->output);
   add_bytes(command, "--weights-memory", options->weights_memory,
             "stream the weights under this budget, e.g. 512MiB [default: all in memory]");
   command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16 [default: as stored]")

@@ -4,7 +4,6 @@
 
 #include <chrono>
 #include <filesystem>
-#include <random>
 
 #include "command.h"
 #include "ferry/base/error.h"
@@ -13,7 +12,7 @@
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
-#include "ferry/pipelines/pipeline.h"
+#include "ferry/pipelines/picture_options.h"
 #include "tensor_file.h"
 
 namespace ferry::cli {
@@ -25,11 +24,9 @@ using Clock = std::chrono::steady_clock;
 struct GenerateOptions {
   std::string model, output, latents, output_type = "image", dtype, variant, stats, trace;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
-  std::optional<int64_t> width, height, steps, max_sequence_length;
-  std::optional<double> guidance_scale, true_cfg_scale;
-  std::optional<uint64_t> seed, weights_memory, io_limit;
+  PictureOptions picture;  // all but the prompts, which may be several here
+  std::optional<uint64_t> weights_memory, io_limit;
   std::optional<int> threads;
-  int64_t num_images = 1;
   int quality = 95;
 };
 
@@ -93,7 +90,7 @@ std::vector<std::pair<std::string, std::string>> picture_text(
     const GenerateOptions& options, uint64_t seed, size_t index,
     const pipelines::DiffusionPipeline& pipeline, const pipelines::Image& image) {
   size_t prompt =
-      std::min(index / static_cast<size_t>(options.num_images), options.prompt.size() - 1);
+      std::min(index / static_cast<size_t>(options.picture.num_images), options.prompt.size() - 1);
   std::vector<std::pair<std::string, std::string>> text = {{"prompt", options.prompt[prompt]}};
   auto add = [&](const char* key, const auto& value) {
     if (value) text.emplace_back(key, fmt::format("{}", *value));
@@ -106,12 +103,12 @@ std::vector<std::pair<std::string, std::string>> picture_text(
         options.negative_prompt[std::min(prompt, options.negative_prompt.size() - 1)]);
   }
   text.emplace_back("seed", std::to_string(seed));
-  text.emplace_back("image",
-                    fmt::format("{} of {}", index + 1, options.prompt.size() * options.num_images));
-  add("steps", options.steps);
-  add("guidance_scale", options.guidance_scale);
-  add("true_cfg_scale", options.true_cfg_scale);
-  add("max_sequence_length", options.max_sequence_length);
+  text.emplace_back("image", fmt::format("{} of {}", index + 1,
+                                         options.prompt.size() * options.picture.num_images));
+  add("steps", options.picture.steps);
+  add("guidance_scale", options.picture.guidance_scale);
+  add("true_cfg_scale", options.picture.true_cfg_scale);
+  add("max_sequence_length", options.picture.max_sequence_length);
   text.emplace_back("width", std::to_string(image.width));
   text.emplace_back("height", std::to_string(image.height));
   text.emplace_back("pipeline", pipeline.class_name());
@@ -122,19 +119,11 @@ std::vector<std::pair<std::string, std::string>> picture_text(
 }
 
 pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uint64_t seed) {
-  pipelines::TextToImageArguments a;
+  pipelines::TextToImageArguments a = pipelines::arguments_of(options.picture, seed);
   a.prompt = pipelines::Texts(options.prompt);
   a.prompt_2 = optional_texts(options.prompt_2);
   a.negative_prompt = optional_texts(options.negative_prompt);
   a.negative_prompt_2 = optional_texts(options.negative_prompt_2);
-  a.true_cfg_scale = options.true_cfg_scale;
-  a.guidance_scale = options.guidance_scale;
-  a.height = options.height;
-  a.width = options.width;
-  a.num_inference_steps = options.steps;
-  a.max_sequence_length = options.max_sequence_length;
-  a.num_images_per_prompt = options.num_images;
-  a.generator = {tensor::Generator().manual_seed(seed)};
   a.output_type = pipelines::parse_output_type(options.output_type);
   if (!options.latents.empty()) {
     auto tensors = load_tensors(options.latents);
@@ -164,7 +153,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
     pipelines::check_image_extension(options.output);
   }
   set_threads(options.threads);
-  uint64_t seed = options.seed.value_or(std::random_device{}());
+  uint64_t seed = pipelines::seed_of(options.picture);
   Trace trace;
   Trace* tracing = options.trace.empty() ? nullptr : &trace;
   pipelines::TextToImageArguments arguments = arguments_of(options, seed);
@@ -275,31 +264,35 @@ Command add_generate(CLI::App& app) {
   texts("--prompt-2", o->prompt_2, "for the second text encoder [default: --prompt]");
   texts("--negative-prompt", o->negative_prompt, "what not to draw; with --true-cfg-scale above 1");
   texts("--negative-prompt-2", o->negative_prompt_2, "for the second text encoder");
-  command->add_option("-W,--width", o->width, "pixels [default: what the model was trained on]")
-      ->check(CLI::PositiveNumber)
-      ->type_name("N");
-  command->add_option("-H,--height", o->height, "pixels [default: what the model was trained on]")
-      ->check(CLI::PositiveNumber)
-      ->type_name("N");
-  command->add_option("--steps", o->steps, "denoising steps [default: 28]")
+  command
+      ->add_option("-W,--width", o->picture.width,
+                   "pixels [default: what the model was trained on]")
       ->check(CLI::PositiveNumber)
       ->type_name("N");
   command
-      ->add_option("--guidance-scale", o->guidance_scale,
+      ->add_option("-H,--height", o->picture.height,
+                   "pixels [default: what the model was trained on]")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command->add_option("--steps", o->picture.steps, "denoising steps [default: 28]")
+      ->check(CLI::PositiveNumber)
+      ->type_name("N");
+  command
+      ->add_option("--guidance-scale", o->picture.guidance_scale,
                    "for models with guidance embeddings [default: 3.5]")
       ->type_name("X");
   command
-      ->add_option("--true-cfg-scale", o->true_cfg_scale,
+      ->add_option("--true-cfg-scale", o->picture.true_cfg_scale,
                    "classifier-free guidance, two passes a step [default: 1]")
       ->type_name("X");
   command
-      ->add_option("--max-sequence-length", o->max_sequence_length,
+      ->add_option("--max-sequence-length", o->picture.max_sequence_length,
                    "tokens of the prompt, at most 512 [default: 512]")
       ->check(CLI::Range(1, 512))
       ->type_name("N");
-  command->add_option("-s,--seed", o->seed, "of the noise [default: random, and told]")
+  command->add_option("-s,--seed", o->picture.seed, "of the noise [default: random, and told]")
       ->type_name("N");
-  command->add_option("-n,--num-images", o->num_images, "pictures of each prompt")
+  command->add_option("-n,--num-images", o->picture.num_images, "pictures of each prompt")
       ->check(CLI::PositiveNumber)
       ->type_name("N")
       ->capture_default_str();

@@ -6,10 +6,10 @@
 #include "command.h"
 #include "ferry/base/error.h"
 #include "ferry/base/units.h"
-#include "ferry/io/json_file.h"
+#include "ferry/hooks/group_offloading.h"
+#include "ferry/models/config.h"
 #include "ferry/models/model.h"
 #include "ferry/offload/engine.h"
-#include "ferry/offload/plan.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/weights/checkpoint.h"
 
@@ -54,9 +54,30 @@ Json describe_checkpoint(const weights::Checkpoint& checkpoint, bool list_tensor
   return description;
 }
 
-// What leaf-level offloading would move: the leaves, with the room that each takes in the arena,
-// and the small slots that stay.
-Json describe_streaming(const models::Model& model) {
+// The least weights budget under which the engine takes the model, to 1 KiB: the engine itself is
+// asked, since only it knows what a group takes besides its weights.
+uint64_t smallest_budget(models::Model& model, uint64_t enough) {
+  auto works = [&](uint64_t budget) {
+    offload::EngineOptions options;
+    options.weights_memory_bytes = budget;
+    try {
+      hooks::apply_group_offloading(model, model.binding(),
+                                    std::make_shared<offload::Engine>(options));
+      return true;
+    } catch (const BudgetError&) {
+      return false;
+    }
+  };
+  uint64_t low = 0, high = enough;
+  while (high - low > 1024) {
+    uint64_t middle = low + (high - low) / 2;
+    (works(middle) ? high : low) = middle;
+  }
+  return high;
+}
+
+// What leaf-level offloading would move: the leaves, and the small slots that stay.
+Json describe_streaming(models::Model& model) {
   const uint64_t small_slot = offload::EngineOptions().small_slot_bytes;
   std::map<std::string, uint64_t> leaves;
   uint64_t small = 0, total = 0;
@@ -69,24 +90,23 @@ Json describe_streaming(const models::Model& model) {
     size_t dot = slot.name().rfind('.');
     leaves[dot == std::string::npos ? "" : slot.name().substr(0, dot)] += slot.size_bytes();
   }
-  std::vector<offload::GroupCost> costs;
   std::pair<std::string, uint64_t> largest;
   for (const auto& [name, bytes] : leaves) {
-    costs.push_back({name, bytes, bytes + 2 * 4096});  // what direct reads take beyond both ends
     if (bytes > largest.second) largest = {name, bytes};
   }
   return {{"leaves", leaves.size()},
           {"largest_leaf", largest.first},
           {"largest_leaf_bytes", largest.second},
           {"small_bytes", small},
-          {"smallest_budget_bytes", small + offload::smallest_budget(costs)},
+          // with room for what direct reads take beyond both ends of a leaf
+          {"smallest_budget_bytes", smallest_budget(model, total + (1 << 20))},
           {"comfortable_budget_bytes",
            std::min<uint64_t>(total, small + 2 * largest.second + (64 << 20))}};
 }
 
 Json describe_component(const fs::path& folder, const InspectOptions& options,
                         const std::string& class_hint) {
-  Json config = Json::parse(io::read_text_file(folder / "config.json"));
+  Json config = models::read_config(folder / "config.json");
   std::string class_name = class_hint;
   if (class_name.empty() && config.contains("_class_name")) class_name = config["_class_name"];
   if (class_name.empty() && config.contains("architectures") && !config["architectures"].empty()) {
@@ -126,7 +146,7 @@ Json describe_component(const fs::path& folder, const InspectOptions& options,
 }
 
 Json describe_pipeline(const fs::path& folder, const InspectOptions& options) {
-  Json index = Json::parse(io::read_text_file(folder / "model_index.json"));
+  Json index = models::read_config(folder / "model_index.json");
   Json description = {
       {"kind", "pipeline"}, {"class", index.value("_class_name", "")}, {"path", folder.string()}};
   Json components = Json::object();
@@ -189,10 +209,9 @@ void print_weights(const Json& d, const char* indent) {
   }
   if (d.contains("streaming")) {
     const Json& s = d["streaming"];
-    fmt::print("{}streaming: at least about {}; largest leaf {} ({}); comfortable from {}\n",
-               indent, format_bytes(s["smallest_budget_bytes"]),
-               format_bytes(s["largest_leaf_bytes"]), s["largest_leaf"].get<std::string>(),
-               format_bytes(s["comfortable_budget_bytes"]));
+    fmt::print("{}streaming: at least {}; largest leaf {} ({}); comfortable from {}\n", indent,
+               format_bytes_up(s["smallest_budget_bytes"]), format_bytes(s["largest_leaf_bytes"]),
+               s["largest_leaf"].get<std::string>(), format_bytes(s["comfortable_budget_bytes"]));
   }
   if (d.contains("supported") && !d["supported"].get<bool>())
     fmt::print("{}ferry does not have this class\n", indent);
@@ -220,8 +239,8 @@ void print_description(const Json& d) {
     }
     if (d.contains("settings")) fmt::print("  settings: {}\n", d["settings"].dump());
     if (d["smallest_budget_bytes"] > 0) {
-      fmt::print("ferry generate --weights-memory needs at least about {}\n",
-                 format_bytes(d["smallest_budget_bytes"]));
+      fmt::print("ferry generate --weights-memory needs at least {}\n",
+                 format_bytes_up(d["smallest_budget_bytes"]));
     }
   } else {
     fmt::print("{}: {}\n", d["path"].get<std::string>(), d.value("class", "safetensors file"));
@@ -237,7 +256,8 @@ Json traits_of(const std::string& class_name) {
           {"_no_split_modules", traits.no_split_modules},
           {"_skip_layerwise_casting_patterns", traits.skip_layerwise_casting_patterns},
           {"_repeated_blocks", traits.repeated_blocks},
-          {"_tied_weights_keys", traits.tied_keys}};
+          {"_tied_weights_keys", traits.tied_keys},
+          {"_supports_gradient_checkpointing", traits.supports_gradient_checkpointing}};
 }
 
 int run_inspect(const InspectOptions& options, Context&) {

@@ -3,15 +3,13 @@
 
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 
 #include "command.h"
 #include "ferry/base/error.h"
 #include "ferry/base/progress.h"
 #include "ferry/base/units.h"
-#include "ferry/io/atomic_file.h"
-#include "ferry/io/json_file.h"
 #include "ferry/io/safetensors.h"
+#include "ferry/models/config.h"
 #include "ferry/models/model.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/tensor/generator.h"
@@ -40,7 +38,7 @@ std::pair<double, double> deviation_and_mean(const weights::Slot& slot) {
   return {0.02, slot.name().ends_with("bias") ? 0.0 : 1.0};
 }
 
-void write_random(io::SafetensorsWriter& writer, const weights::Slot& slot, at::ScalarType dtype,
+void write_random(io::SafetensorsWriter& writer, const weights::Slot& slot,
                   tensor::Generator& generator, const StopToken& stop,
                   const std::function<void(uint64_t)>& wrote) {
   auto [deviation, mean] = deviation_and_mean(slot);
@@ -48,27 +46,10 @@ void write_random(io::SafetensorsWriter& writer, const weights::Slot& slot, at::
   for (int64_t left = slot.tensor.numel(); left > 0; left -= kChunk) {
     stop.throw_if_stopped();
     at::Tensor values = tensor::randn_tensor({std::min(left, kChunk)}, {generator});
-    values = values.mul_(deviation).add_(mean).to(dtype);
+    values = values.mul_(deviation).add_(mean).to(slot.dtype());
     writer.write({static_cast<const std::byte*>(values.const_data_ptr()), values.nbytes()});
     wrote(values.nbytes());
   }
-}
-
-// The slots of each file: in order, a new file where the next slot would pass the limit.
-std::vector<std::vector<const weights::Slot*>> cut_into_shards(
-    const std::vector<weights::Slot>& slots, at::ScalarType dtype, uint64_t limit) {
-  std::vector<std::vector<const weights::Slot*>> shards(1);
-  uint64_t filled = 0;
-  for (const weights::Slot& slot : slots) {
-    uint64_t bytes = slot.tensor.numel() * c10::elementSize(dtype);
-    if (filled > 0 && filled + bytes > limit) {
-      shards.emplace_back();
-      filled = 0;
-    }
-    shards.back().push_back(&slot);
-    filled += bytes;
-  }
-  return shards;
 }
 
 int run_random(const RandomOptions& options, Context& context) {
@@ -91,66 +72,30 @@ int run_random(const RandomOptions& options, Context& context) {
       throw_error<ArgumentError>("--config {}: neither a file nor a preset; presets: {}",
                                  options.config, preset_names());
     }
-    config = Json::parse(io::read_text_file(options.config), nullptr, /*allow_exceptions=*/false);
-    if (!config.is_object()) throw_error<FormatError>("{}: expected a JSON object", options.config);
+    config = models::read_config(options.config);
   }
-  shard_bytes = options.shard_bytes.value_or(shard_bytes > 0 ? shard_bytes : 10'000'000'000);
+  shard_bytes = options.shard_bytes.value_or(shard_bytes > 0 ? shard_bytes
+                                                             : models::Model::kMaxShardSizeBytes);
   at::ScalarType dtype = tensor::parse_dtype(options.dtype);
 
   auto model = models::make_model(class_name, config, options.config);
-  std::vector<weights::Slot> slots = weights::collect_slots(*model);
-  std::erase_if(slots, [](const weights::Slot& slot) { return !at::isFloatingType(slot.dtype()); });
-  uint64_t total = 0;
-  for (const weights::Slot& slot : slots) total += slot.tensor.numel() * c10::elementSize(dtype);
-
-  std::filesystem::path out = options.out;
-  std::error_code error;
-  std::filesystem::create_directories(out, error);
-  if (error) throw_error<IoError>("{}: cannot create the folder: {}", options.out, error.message());
-
-  bool diffusers = model->library() == "diffusers";
-  std::string base = diffusers ? "diffusion_pytorch_model" : "model";
-  auto shards = cut_into_shards(slots, dtype, shard_bytes);
-  Json index = {{"metadata", {{"total_size", total}}}, {"weight_map", Json::object()}};
+  model->to(dtype);
+  uint64_t total = weights::total_bytes(weights::collect_slots(*model));
   auto generator = tensor::Generator().manual_seed(options.seed);
   ProgressBar progress("writing MB", total / 1'000'000,
                        {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
   uint64_t written_bytes = 0;
-  for (size_t i = 0; i < shards.size(); ++i) {
-    std::string file = shards.size() == 1 ? base + ".safetensors"
-                                          : fmt::format("{}-{:05}-of-{:05}.safetensors", base,
-                                                        i + 1, shards.size());
-    std::vector<io::SafetensorsWriter::Entry> entries;
-    for (const weights::Slot* slot : shards[i]) {
-      entries.push_back({slot->name(), tensor::from_torch(dtype), slot->shape().vec()});
-      index["weight_map"][slot->name()] = file;
-    }
-    io::SafetensorsWriter writer(out / file, entries);
-    for (const weights::Slot* slot : shards[i]) {
-      write_random(writer, *slot, dtype, generator, context.stop, [&](uint64_t bytes) {
-        written_bytes += bytes;
-        progress.set(written_bytes / 1'000'000);
-      });
-    }
-    writer.finish();
-  }
+  auto write = [&](const weights::Slot& slot, io::SafetensorsWriter& writer) {
+    write_random(writer, slot, generator, context.stop, [&](uint64_t bytes) {
+      written_bytes += bytes;
+      progress.set(written_bytes / 1'000'000);
+    });
+  };
+  size_t files = model->save_pretrained_from(write, options.out, shard_bytes);
   progress.finish();
-  if (shards.size() > 1) write_json((out / (base + ".safetensors.index.json")).string(), index);
-
-  Json config_written = model->config_json();
-  if (diffusers) {
-    if (!config_written.contains("_class_name")) config_written["_class_name"] = class_name;
-    if (!config_written.contains("_diffusers_version"))
-      config_written["_diffusers_version"] = "0.42.1";
-  } else {
-    if (!config_written.contains("architectures")) config_written["architectures"] = {class_name};
-    config_written["dtype"] = tensor::dtype_name(dtype);
-  }
-  // Last: a folder with config.json is complete.
-  write_json((out / "config.json").string(), config_written);
   if (!context.quiet) {
-    fmt::print("{}: {} {} in {} file{}\n", options.out, class_name, format_bytes(total),
-               shards.size(), shards.size() == 1 ? "" : "s");
+    fmt::print("{}: {} {} in {} file{}\n", options.out, class_name, format_bytes(total), files,
+               files == 1 ? "" : "s");
   }
   return 0;
 }

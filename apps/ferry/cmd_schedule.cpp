@@ -24,12 +24,7 @@ Command add_schedule(CLI::App& app) {
   command->add_option("config", options->config, "scheduler_config.json")
       ->required()
       ->type_name("CONFIG.json");
-  command->add_option("--inputs", options->inputs, "safetensors file")
-      ->required()
-      ->type_name("FILE");
-  command->add_option("--output", options->output, "safetensors file to write")
-      ->required()
-      ->type_name("FILE");
+  add_tensor_files(command, options->inputs, options->output);
   command->add_option("--steps", options->steps, "num_inference_steps")
       ->check(CLI::PositiveNumber)
       ->type_name("N");

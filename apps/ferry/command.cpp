@@ -59,6 +59,11 @@ CLI::Option* add_rate(CLI::App* app, const std::string& flags, std::optional<uin
   return add_number(app, flags, into, help, &parse_rate, "RATE");
 }
 
+void add_tensor_files(CLI::App* app, std::string& inputs, std::string& output) {
+  app->add_option("--inputs", inputs, "safetensors file")->required()->type_name("FILE");
+  app->add_option("--output", output, "safetensors file to write")->required()->type_name("FILE");
+}
+
 void write_json(const std::string& path, const nlohmann::ordered_json& value) {
   io::write_file(path, value.dump(2) + "\n");
 }

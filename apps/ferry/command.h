@@ -52,6 +52,9 @@ CLI::Option* add_bytes(CLI::App* app, const std::string& flags, std::optional<ui
 CLI::Option* add_rate(CLI::App* app, const std::string& flags, std::optional<uint64_t>& into,
                       const std::string& help);
 
+// --inputs and --output: safetensors files with named tensors.
+void add_tensor_files(CLI::App* app, std::string& inputs, std::string& output);
+
 // Writes `value` as indented JSON, whole or not at all.
 void write_json(const std::string& path, const nlohmann::ordered_json& value);
 

@@ -275,6 +275,38 @@ TEST(Cli, InspectDescribesPipelinesAndFiles) {
   EXPECT_THAT(result.out, HasSubstr("F32"));
   result = ferry({"inspect", "--traits", "FluxTransformer2DModel"});
   EXPECT_THAT(result.out, HasSubstr("FluxTransformerBlock"));
+  EXPECT_THAT(result.out, HasSubstr("\"_supports_gradient_checkpointing\": true"));
+}
+
+// What inspect calls the least is enough, and 2 KiB less is not.
+TEST(Cli, TheLeastBudgetIsTheLeast) {
+  TempFolder folder;
+  auto code_with = [&](const std::string& model, uint64_t budget) {
+    Result result =
+        ferry({"generate", "--model", model, "--prompt", "a red circle", "--steps", "1", "--width",
+               "16", "--height", "16", "--max-sequence-length", "8", "--seed", "1", "--output",
+               (folder / "a.png").string(), "--weights-memory", std::to_string(budget)});
+    if (result.code != 0) EXPECT_THAT(result.err, HasSubstr("at least"));
+    return result.code;
+  };
+  for (const std::string& model :
+       {kFixtures + "/pipelines/flux-tiny", std::string(FERRY_MODELS) + "/shapes"}) {
+    auto d = nlohmann::json::parse(ferry({"inspect", model, "--json"}).out);
+    uint64_t least = d["smallest_budget_bytes"];
+    EXPECT_LT(least, d["bytes"].get<uint64_t>());
+    EXPECT_EQ(code_with(model, least), 0) << model << " " << least;
+    EXPECT_EQ(code_with(model, least - 2048), 1) << model << " " << least;
+  }
+}
+
+TEST(Cli, RefusesAConfigThatNoModelHas) {
+  TempFolder folder;
+  write_text(folder / "config.json", R"({"num_layers": 1099511627776})");
+  Result result = ferry({"random", "FluxTransformer2DModel", "--config",
+                         (folder / "config.json").string(), "--out", (folder / "out").string()});
+  EXPECT_EQ(result.code, 2);
+  EXPECT_THAT(result.err, HasSubstr("num_layers: got 1099511627776, expected 0 to 512"));
+  EXPECT_FALSE(fs::exists(folder / "out"));
 }
 
 // Without the weights, for hardware that is not here.
