@@ -4,13 +4,16 @@
 PRESET ?= release
 BUILD   = build/$(PRESET)
 PREFIX ?= $(CURDIR)/dist
-JOBS   ?= $(shell nproc)
+# A source with torch's headers takes about a gigabyte to compile.
+JOBS   ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2 / 1250000); print m < 1 ? 1 : m < n ? m : n}' /proc/meminfo)
+# `make install`: copy puts libtorch into the tree, none leaves it to FERRY_TORCH_DIR.
+INSTALL_TORCH ?= copy
 FERRY   = $(BUILD)/apps/ferry/ferry
 PARITY_PYTHON = tools/parity/.venv/bin/python
 SEED   ?= 1
 
 .DEFAULT_GOAL := build
-.PHONY: deps build demo test quality style fixup tidy asan tsan fuzz parity bench install gpu-bundle clean
+.PHONY: deps build demo test quality style fixup tidy asan tsan fuzz parity bench install check-install gpu-bundle clean
 
 deps: ## Debian packages and the libtorch wheel (into .venv)
 	@tools/deps.sh
@@ -66,12 +69,14 @@ bench: deps ## side by side with Python diffusers and accelerate
 	bench/run.sh $(FERRY)
 
 install: build ## a tree that can be moved: make install PREFIX=DIR
-	cmake --install $(BUILD) --prefix $(PREFIX)
-	@tools/collect_libs.sh $(PREFIX)
+	cmake --install $(BUILD) --prefix "$(PREFIX)" >/dev/null
+	@tools/collect_libs.sh "$(PREFIX)" $(if $(filter none,$(INSTALL_TORCH)),--without-torch)
 
-gpu-bundle: build ## bin and shared libraries, to be run against the torch of another machine
-	cmake --install $(BUILD) --prefix gpu-bundle
-	@tools/collect_libs.sh gpu-bundle --without-torch
+check-install: build ## installs, moves the tree, runs it and builds the examples against it
+	@tools/check_install.sh $(BUILD)
+
+gpu-bundle: build ## what bench/gpu.sh needs on a machine with a GPU and its own torch
+	@tools/gpu_bundle.sh $(BUILD)
 
 clean:
 	rm -rf build out dist gpu-bundle

@@ -1,6 +1,6 @@
 # Finds libtorch in the PyPI wheel (or any tree named by TORCH_DIR) without find_package(Torch),
 # which insists on nvcc for the CUDA wheel. No CUDA toolkit is needed: only c10 and torch_cpu are
-# linked, and nothing opens libtorch_cuda.so yet: ferry computes on the CPU.
+# linked, and src/ferry/tensor/device.cpp opens libtorch_cuda.so at run time where a driver is.
 #
 # Targets: ferry::torch  headers, c10, torch_cpu, OpenMP
 #          ferry::fmt    the {fmt} headers that come with the wheel, header-only

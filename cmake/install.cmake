@@ -4,14 +4,16 @@ include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 get_property(_libraries GLOBAL PROPERTY FERRY_LIBRARIES)
-install(TARGETS ${_libraries} ferry_options EXPORT ferryTargets ARCHIVE DESTINATION lib)
+install(TARGETS ${_libraries} ferry_options EXPORT ferryTargets
+  ARCHIVE DESTINATION lib INCLUDES DESTINATION include)
 add_library(ferry_all INTERFACE)
 target_link_libraries(ferry_all INTERFACE ${_libraries})
 set_target_properties(ferry_all PROPERTIES EXPORT_NAME ferry)
 add_library(ferry::ferry ALIAS ferry_all)
 install(TARGETS ferry_all EXPORT ferryTargets)
 
-set_target_properties(ferry_cli PROPERTIES INSTALL_RPATH "$ORIGIN/../lib/ferry")
+# bin/ferry, or lib/ferry/ferry where bin/ferry is a launcher (tools/collect_libs.sh --without-torch).
+set_target_properties(ferry_cli PROPERTIES INSTALL_RPATH "$ORIGIN/../lib/ferry:$ORIGIN")
 install(TARGETS ferry_cli RUNTIME DESTINATION bin)
 install(DIRECTORY include/ferry src/ferry DESTINATION include FILES_MATCHING PATTERN "*.h")
 install(EXPORT ferryTargets NAMESPACE ferry:: DESTINATION lib/cmake/ferry)

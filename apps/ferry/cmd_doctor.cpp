@@ -14,6 +14,7 @@
 #include "ferry/base/system_info.h"
 #include "ferry/base/units.h"
 #include "ferry/io/read_engine.h"
+#include "ferry/tensor/device.h"
 
 namespace ferry::cli {
 namespace {
@@ -103,26 +104,20 @@ Json measure_disk(const DoctorOptions& options, const StopToken& stop) {
           {"alignment", opened->direct_alignment()}};
 }
 
-Json accelerator() {
-  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
-  if (!driver) return {{"found", false}, {"reason", "no NVIDIA driver (libcuda.so.1)"}};
-  using Init = int (*)(unsigned);
-  using Get = int (*)(int*);
-  auto init = reinterpret_cast<Init>(dlsym(driver, "cuInit"));
-  auto version_of = reinterpret_cast<Get>(dlsym(driver, "cuDriverGetVersion"));
-  auto count_of = reinterpret_cast<Get>(dlsym(driver, "cuDeviceGetCount"));
-  int version = 0, count = 0;
-  int status = init ? init(0) : -1;
-  if (status == 0 && version_of) version_of(&version);
-  if (status == 0 && count_of) count_of(&count);
-  if (status != 0 || count == 0) {
-    return {{"found", false},
-            {"reason",
-             fmt::format("the NVIDIA driver is there, but offers no device (cuInit: {})", status)}};
+// What is there, or why nothing is; with what to do about it where something can be done.
+Json accelerator_report(std::vector<std::string>& advice) {
+  const tensor::Accelerator& found = tensor::open_accelerator();
+  Json report = {{"found", found.found()}, {"reason", found.reason}};
+  if (!found.device_names.empty()) report["devices"] = found.device_names;
+  if (found.driver_version > 0) {
+    report["cuda_driver"] =
+        fmt::format("{}.{}", found.driver_version / 1000, found.driver_version % 1000 / 10);
   }
-  return {{"found", true},
-          {"devices", count},
-          {"cuda_driver", fmt::format("{}.{}", version / 1000, version % 1000 / 10)}};
+  if (!found.library.empty()) report["library"] = found.library.string();
+  using Status = tensor::AcceleratorStatus;
+  if (!found.found() && found.status != Status::no_driver && found.status != Status::disabled)
+    advice.push_back("no accelerator: " + found.reason);
+  return report;
 }
 
 std::string libtorch_path() {
@@ -163,7 +158,7 @@ int run_doctor(const DoctorOptions& given, Context& context) {
         "this disk reads slowly; streaming will wait for it. Put the model on a faster one if "
         "there is one");
   }
-  Json device = accelerator();
+  Json device = accelerator_report(advice);
   Json report = {
       {"ferry", FERRY_VERSION},
       {"libtorch", {{"version", TORCH_VERSION}, {"path", libtorch_path()}}},
@@ -211,11 +206,8 @@ int run_doctor(const DoctorOptions& given, Context& context) {
                format_rate(static_cast<double>(disk["read_bytes_per_s"].get<uint64_t>())),
                disk["direct_io"].get<bool>() ? " with direct I/O" : " through the page cache");
   }
-  fmt::print("accelerator {}\n",
-             device["found"].get<bool>()
-                 ? fmt::format("{} device(s), driver for CUDA {}", device["devices"].get<int>(),
-                               device["cuda_driver"].get<std::string>())
-                 : device["reason"].get<std::string>() + "; ferry runs on the CPU");
+  fmt::print("accelerator {}{}\n", device["reason"].get<std::string>(),
+             device["found"].get<bool>() ? "; used with --device cuda" : "; ferry runs on the CPU");
   for (const std::string& line : advice) fmt::print("- {}\n", line);
   if (advice.empty()) fmt::print("Nothing is missing.\n");
   return 0;

@@ -16,6 +16,7 @@
 #include "ferry/models/cast_inputs.h"
 #include "ferry/models/model.h"
 #include "ferry/pipelines/stop_hook.h"
+#include "ferry/tensor/device.h"
 #include "ferry/tensor/dtype.h"
 #include "measure.h"
 #include "tensor_file.h"
@@ -29,8 +30,8 @@ double seconds_since(Clock::time_point start) {
 }
 
 struct ForwardOptions {
-  std::string folder, inputs, output, dtype, method = "forward", variant, class_name, dump, stats,
-                                             trace;
+  std::string folder, inputs, output, dtype, device, method = "forward", variant, class_name, dump,
+                                                     stats, trace;
   std::string offload_type = "leaf_level";
   std::vector<std::string> arguments;
   std::optional<uint64_t> weights_memory, io_limit;
@@ -103,6 +104,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
   check_writable_parent(options.trace);
   set_threads(options.threads);
   at::NoGradGuard no_grad;
+  at::Device device = parse_device(options.device, options.weights_memory.has_value());
 
   models::NamedTensors inputs = load_tensors(options.inputs);
   nlohmann::json arguments = parse_arguments(options.arguments);
@@ -135,7 +137,9 @@ int run_forward(const ForwardOptions& options, Context& context) {
     offloading = hooks::apply_group_offloading(*model, model->binding(), engine, config,
                                                model->class_name());
   } else {
+    model->to(device);  // stubs: each weight is then read to where it belongs
     model->load_weights(context.stop);
+    tensor::synchronize(device);
   }
   double load_seconds = seconds_since(start);
 
@@ -146,6 +150,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
       module.add_hook("first_compute", std::make_shared<FirstComputeHook>(first_compute));
   });
   models::cast_inputs(inputs, model->dtype());
+  for (auto& entry : inputs) entry.second = entry.second.to(device);
 
   models::NamedTensors outputs, dumped;
   std::vector<double> forward_seconds;
@@ -164,6 +169,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
     offload::Report before = engine ? engine->report() : offload::Report{};
     auto begin = Clock::now();
     outputs = model->forward_named(options.method, inputs, arguments);
+    tensor::synchronize(device);
     forward_seconds.push_back(seconds_since(begin));
     offload::Report after = engine ? engine->report() : offload::Report{};
     bytes_read.push_back(after.bytes_read - before.bytes_read);
@@ -189,7 +195,9 @@ int run_forward(const ForwardOptions& options, Context& context) {
         {"weight_bytes", weights::total_bytes(weights::collect_slots(*model))},
         {"dtype", tensor::dtype_name(model->dtype())},
         {"threads", at::get_num_threads()},
+        {"device", device.str()},
     };
+    if (!device.is_cpu()) stats["peak_device_bytes"] = peak_device_bytes(device);
     if (engine) {
       offload::Report report = engine->report();
       stats["stall_seconds"] = stall_seconds;
@@ -227,6 +235,7 @@ Command add_forward(CLI::App& app) {
             "stream the weights under this budget, e.g. 512MiB [default: all in memory]");
   command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16 [default: as stored]")
       ->type_name("DTYPE");
+  add_device(command, options->device);
   command->add_option("--threads", options->threads, "compute threads")
       ->check(CLI::PositiveNumber)
       ->type_name("N");

@@ -13,6 +13,8 @@
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
 #include "ferry/pipelines/picture_options.h"
+#include "ferry/pipelines/pipeline.h"
+#include "measure.h"
 #include "tensor_file.h"
 
 namespace ferry::cli {
@@ -22,7 +24,7 @@ namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
 struct GenerateOptions {
-  std::string model, output, latents, output_type = "image", dtype, variant, stats, trace;
+  std::string model, output, latents, output_type = "image", dtype, device, variant, stats, trace;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
   PictureOptions picture;  // all but the prompts, which may be several here
   std::optional<uint64_t> weights_memory, io_limit;
@@ -153,6 +155,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
     pipelines::check_image_extension(options.output);
   }
   set_threads(options.threads);
+  at::Device device = parse_device(options.device, options.weights_memory.has_value());
   uint64_t seed = pipelines::seed_of(options.picture);
   Trace trace;
   Trace* tracing = options.trace.empty() ? nullptr : &trace;
@@ -162,6 +165,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
+  pipeline->to(device);
   if (options.weights_memory) {
     offload::EngineOptions engine;
     engine.weights_memory_bytes = *options.weights_memory;
@@ -215,7 +219,9 @@ int run_generate(const GenerateOptions& options, Context& context) {
                                     {"total_seconds", seconds},
                                     {"bytes_read", report.bytes_read},
                                     {"weight_bytes", weight_bytes},
+                                    {"device", device.str()},
                                     {"peak_rss_bytes", peak_rss_bytes()}};
+    if (!device.is_cpu()) stats["peak_device_bytes"] = peak_device_bytes(device);
     if (pipeline->engine()) {
       stats["weights_memory_bytes"] = *options.weights_memory;
       stats["peak_weights_bytes"] = report.peak_bytes;
@@ -224,12 +230,16 @@ int run_generate(const GenerateOptions& options, Context& context) {
     write_json(options.stats, stats);
   }
   if (!context.quiet) {
-    fmt::print("{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), size, seed,
-               format_duration(seconds), format_bytes(peak_rss_bytes()),
-               pipeline->engine()
-                   ? fmt::format("{} streamed (weights {} in {})", format_bytes(report.bytes_read),
-                                 format_bytes(weight_bytes), format_bytes(report.peak_bytes))
-                   : fmt::format("weights {} resident", format_bytes(weight_bytes)));
+    fmt::print(
+        "{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), size, seed,
+        format_duration(seconds), format_bytes(peak_rss_bytes()),
+        pipeline->engine()
+            ? fmt::format("{} streamed (weights {} in {})", format_bytes(report.bytes_read),
+                          format_bytes(weight_bytes), format_bytes(report.peak_bytes))
+            : fmt::format("weights {} resident{}", format_bytes(weight_bytes),
+                          device.is_cpu() ? ""
+                                          : fmt::format(" on {}, peak there {}", device.str(),
+                                                        format_bytes(peak_device_bytes(device)))));
   }
   return 0;
 }
@@ -309,6 +319,7 @@ Command add_generate(CLI::App& app) {
                    "bf16, fp16 or fp32; or transformer=bf16,vae=fp32 [default: as stored]")
       ->type_name("DTYPE");
   command->add_option("--variant", o->variant, "weights variant, e.g. fp16")->type_name("NAME");
+  add_device(command, o->device);
   command->add_option("--threads", o->threads, "compute threads")
       ->check(CLI::PositiveNumber)
       ->type_name("N");

@@ -17,6 +17,7 @@
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
 #include "ferry/base/terminal.h"
+#include "ferry/tensor/device.h"
 
 namespace {
 
@@ -75,6 +76,7 @@ int run(const ferry::cli::Command& command, ferry::cli::Context& context) {
 
 int main(int argc, char** argv) {
   using namespace ferry::cli;
+  ferry::tensor::open_accelerator();  // before anything else asks torch for one
   CLI::App app(
       "ferry runs diffusion models in less memory than their weights need: it streams them from "
       "disk "

@@ -1,5 +1,6 @@
 #include "measure.h"
 
+#include <ATen/DeviceAccelerator.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -24,6 +25,13 @@ double seconds_since_process_start() {
   clock_gettime(CLOCK_BOOTTIME, &now);
   return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9 -
          ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
+}
+
+uint64_t peak_device_bytes(at::Device device) {
+  if (device.is_cpu()) return 0;
+  constexpr int kAllPools = 0;
+  return static_cast<uint64_t>(
+      at::accelerator::getDeviceStats(device.index()).allocated_bytes[kAllPools].peak);
 }
 
 }  // namespace ferry::cli

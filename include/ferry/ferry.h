@@ -18,6 +18,10 @@ struct PipelineOptions {
   uint64_t weights_memory_bytes = 0;
   // "bf16", "fp32", "fp16", or for each component "transformer=bf16,vae=fp32". Empty: as stored.
   std::string dtype{};
+  // "cpu", "cuda", "cuda:1", or "auto": the first accelerator if there is one. Empty:
+  // $FERRY_DEVICE, else the CPU. An accelerator holds all weights: streaming goes to the CPU only
+  // so far.
+  std::string device{};
   // Of the weight files, e.g. "fp16".
   std::string variant{};
   // Compute threads of this process. 0: as the machine has.
@@ -64,7 +68,9 @@ struct Picture {
 // ferry/base/error.h; ferry::Cancelled after a stop). Not thread-safe: one generation at a time.
 class Pipeline {
  public:
-  // A folder, or "org/repo[@revision]" in the local Hugging Face cache. Reads headers only.
+  // A folder, or "org/repo[@revision]" in the local Hugging Face cache. Reads headers only. The
+  // first call opens the accelerator, if there is one: a program that uses torch itself calls it
+  // before it asks torch for a device.
   static Pipeline load(const std::string& folder_or_name, const PipelineOptions& options = {});
   ~Pipeline();
   Pipeline(Pipeline&&) noexcept;

@@ -364,6 +364,46 @@ TEST(Cli, DoctorReportsTheMachine) {
   EXPECT_GT(report["memory"]["total_bytes"].get<uint64_t>(), 0u);
   EXPECT_GT(report["disk"]["read_bytes_per_s"].get<uint64_t>(), 0u);
   EXPECT_EQ(folder.entries(), 0u);
+  EXPECT_NE(report["accelerator"]["reason"].get<std::string>(), "");
+}
+
+TEST(Cli, TheDeviceIsChosenByOptionOrEnvironment) {
+  TempFolder folder;
+  Result doctor = ferry({"doctor", folder.path().string(), "--json", "--test-size", "32MiB"});
+  auto accelerator = nlohmann::json::parse(doctor.out)["accelerator"];
+  const bool found = accelerator["found"];
+  std::string component = kFixtures + "/models/CLIPTextModel-0";
+  auto forward = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {"forward",  component,
+                                          "--inputs", component + "/inputs.safetensors",
+                                          "--output", (folder / "out.safetensors").string(),
+                                          "--stats",  (folder / "stats.json").string()};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return ferry(arguments);
+  };
+  auto used = [&] {
+    return nlohmann::json::parse(read_text(folder / "stats.json"))["device"].get<std::string>();
+  };
+  ASSERT_EQ(forward({"--device", "cpu"}).code, 0);
+  EXPECT_EQ(used(), "cpu");
+  ASSERT_EQ(forward({"--device", "auto"}).code, 0);
+  EXPECT_EQ(used(), found ? "cuda:0" : "cpu");
+  EXPECT_EQ(forward({"--device", "gpu"}).code, 2);
+  setenv("FERRY_DEVICE", "toaster", 1);
+  Result wrong = forward({});
+  unsetenv("FERRY_DEVICE");
+  EXPECT_EQ(wrong.code, 2);
+  EXPECT_THAT(wrong.err, HasSubstr("FERRY_DEVICE=\"toaster\""));
+  Result streamed = forward({"--device", "cuda", "--weights-memory", "1MiB"});
+  if (found) {
+    EXPECT_EQ(streamed.code, 2);
+    EXPECT_THAT(streamed.err, HasSubstr("--weights-memory with the device cuda:0"));
+  } else {
+    Result asked = forward({"--device", "cuda"});
+    EXPECT_EQ(asked.code, 1);
+    EXPECT_THAT(asked.err, HasSubstr(accelerator["reason"].get<std::string>()));
+    EXPECT_EQ(streamed.code, 1);
+  }
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "../fixture_tensors.h"
 #include "ferry/models/model.h"
+#include "ferry/testing/test_device.h"
 
 namespace ferry::models {
 namespace {
@@ -46,6 +47,15 @@ struct Fixture {
   NamedTensors inputs, outputs;
 };
 
+// On the device that tests are asked to use.
+NamedTensors forward(Model& model, const Fixture& fixture, const NamedTensors& inputs) {
+  at::Device device = testing::test_device();
+  model.to(device);
+  return testing::to_device(
+      model.forward_named(fixture.method, testing::to_device(inputs, device), fixture.arguments),
+      at::kCPU);
+}
+
 class Parity : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(Parity, Float32) {
@@ -54,7 +64,7 @@ TEST_P(Parity, Float32) {
   auto model = load_model(fixture.folder);
   EXPECT_EQ(model->class_name(), fixture.class_name);
   EXPECT_FALSE(model->weights_loaded());
-  NamedTensors got = model->forward_named(fixture.method, fixture.inputs, fixture.arguments);
+  NamedTensors got = forward(*model, fixture, fixture.inputs);
   EXPECT_TRUE(model->weights_loaded()) << "the first call loads";
   for (const auto& [name, expected] : fixture.outputs) {
     ASSERT_TRUE(got.contains(name)) << name;
@@ -75,7 +85,7 @@ TEST_P(Parity, BFloat16) {
   for (auto& [name, tensor] : inputs) {
     if (tensor.is_floating_point()) tensor = tensor.to(at::kBFloat16);
   }
-  NamedTensors got = model->forward_named(fixture.method, inputs, fixture.arguments);
+  NamedTensors got = forward(*model, fixture, inputs);
   // Python's own bfloat16: its distance from float32 is no yardstick (a guidance of 4220 in
   // bfloat16 is 30% of the output away), the rounding of another CPU is.
   auto half = testing::read_fixture_tensors((fixture.folder / "outputs_bf16.safetensors").string());

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "../io/temp_folder.h"
+#include "ferry/base/error.h"
 
 namespace ferry {
 namespace {
@@ -34,6 +35,13 @@ TEST(Facade, LoadsGeneratesAndSaves) {
   pictures[0].save((folder / "a.png").string());
   EXPECT_EQ(testing_io::read_text(folder / "a.png").substr(1, 3), "PNG");
   EXPECT_THROW(pictures[0].save((folder / "a.xyz").string()), std::runtime_error);
+}
+
+TEST(Facade, TheDeviceIsChosenAtLoad) {
+  const std::string folder = FERRY_FIXTURES "/pipelines/flux-tiny";
+  EXPECT_NO_THROW(Pipeline::load(folder, {.device = "cpu"}));
+  EXPECT_THROW(Pipeline::load(folder, {.device = "toaster"}), ArgumentError);
+  EXPECT_THROW(Pipeline::load(folder, {.device = "cuda:99"}), DeviceError);
 }
 
 TEST(Facade, StopTokenStops) {

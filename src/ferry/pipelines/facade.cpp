@@ -3,7 +3,10 @@
 #include <random>
 
 #include "ferry/base/error.h"
+#include "ferry/ferry.h"
 #include "ferry/pipelines/picture_options.h"
+#include "ferry/pipelines/pipeline.h"
+#include "ferry/tensor/device.h"
 
 namespace ferry {
 
@@ -46,11 +49,14 @@ Pipeline& Pipeline::operator=(Pipeline&&) noexcept = default;
 
 Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions& options) {
   if (options.threads > 0) at::set_num_threads(options.threads);
+  tensor::open_accelerator();  // before anything else asks torch for one
+  at::Device device = tensor::parse_device(options.device);
   pipelines::PipelineLoadOptions load;
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
   auto state = std::make_unique<State>();
   state->pipeline = pipelines::DiffusionPipeline::from_pretrained(folder_or_name, load);
+  state->pipeline->to(device);
   if (options.weights_memory_bytes > 0)
     state->pipeline->set_memory_budget(options.weights_memory_bytes);
   return Pipeline(std::move(state));

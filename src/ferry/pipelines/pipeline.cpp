@@ -244,8 +244,26 @@ bool DiffusionPipeline::has(const std::string& name) const {
   return it != components_.end() && static_cast<bool>(it->second);
 }
 
+void DiffusionPipeline::to(at::Device device) {
+  if (engine_ && !device.is_cpu()) {
+    throw_error<ArgumentError>(
+        "{}: its weights are streamed, to the CPU only so far; call disable_group_offload() before "
+        "to({})",
+        class_name(), device.str());
+  }
+  for (const auto& [name, component] : components_) {
+    if (component.model && component.model->device() != device) component.model->to(device);
+  }
+}
+
 void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> engine,
                                              const hooks::GroupOffloadingConfig& config) {
+  for (const auto& [name, component] : components_) {
+    if (!component.model || component.model->device().is_cpu()) continue;
+    throw_error<ArgumentError>(
+        "{}: {} is on {}; weights are streamed to the CPU only so far: call to(cpu) first",
+        class_name(), name, component.model->device().str());
+  }
   disable_group_offload();
   try {
     for (const auto& [name, component] : components_) {

@@ -151,8 +151,13 @@ class DiffusionPipeline {
   const text::Tokenizer& tokenizer(const std::string& name) const;
   bool has(const std::string& name) const;
 
+  // Moves all models to `device` (tensor::parse_device()); weights that were not read yet are read
+  // straight to it. Throws ArgumentError for an accelerator while weights are streamed: streaming
+  // goes to the CPU's memory.
+  void to(at::Device device);
+
   // Streams the weights of all models through one engine, which other pipelines may share. Throws
-  // BudgetError stating the least budget.
+  // BudgetError stating the least budget, ArgumentError for models on an accelerator.
   void enable_group_offload(std::shared_ptr<offload::Engine> engine,
                             const hooks::GroupOffloadingConfig& config = {});
   void disable_group_offload();

@@ -12,6 +12,7 @@
 
 #include "ferry/models/cast_inputs.h"
 #include "ferry/models/model.h"
+#include "ferry/testing/test_device.h"
 #include "ferry/weights/checkpoint.h"
 
 namespace ferry::testing {
@@ -31,12 +32,17 @@ struct ModelCase {
     if (dtype) models::cast_inputs(tensors, *dtype);
     return tensors;
   }
+  // On test_device().
   std::shared_ptr<models::Model> load(const models::LoadOptions& options = {}) const {
-    return models::load_model(folder, options);
+    auto model = models::load_model(folder, options);
+    model->to(test_device());
+    return model;
   }
+  // Inputs go to the model's device, outputs come back.
   models::NamedTensors run(models::Model& model) const {
     at::NoGradGuard no_grad;
-    return model.forward_named(method, read_inputs(model.dtype()), arguments);
+    auto inputs = to_device(read_inputs(model.dtype()), model.device());
+    return to_device(model.forward_named(method, inputs, arguments), at::kCPU);
   }
 
   friend void PrintTo(const ModelCase& value, std::ostream* out) { *out << value.name; }

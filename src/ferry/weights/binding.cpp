@@ -172,7 +172,8 @@ void load_resident(Binding& binding, io::ReadEngine& engine, const StopToken& st
     pending.erase(pending.begin());
     engine.wait(oldest.ticket);
     at::Tensor slot_tensor = oldest.bound->slot.tensor;
-    slot_tensor.set_data(oldest.place.finish().to(slot_tensor.scalar_type()));
+    // To where the stub is: a model that was moved first is read straight to its device.
+    slot_tensor.set_data(oldest.place.finish().to(slot_tensor.device(), slot_tensor.scalar_type()));
     oldest.bound->read_storage = storage_of(slot_tensor);
     oldest.bound->read_version = version_of(slot_tensor);
   };
