@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ferry=$1
 mkdir -p out
+echo "demo: three pictures with models/shapes ($(du -shL --apparent-size models/shapes | cut -f1)), its weights streamed from disk under 2 MiB"
 draw() {  # file, seed, prompt
   echo "== $3"
   "$ferry" generate --model models/shapes --prompt "$3" --seed "$2" --steps 8 --true-cfg-scale 2 --negative-prompt "" \

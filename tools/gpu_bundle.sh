@@ -17,7 +17,7 @@ for program in test_tensor:tensor test_models:models test_pipelines:pipelines; d
 done
 # The test programs look for fixtures where they were built.
 pwd > gpu-bundle/tests/built-at
-git rev-parse --short HEAD > gpu-bundle/commit 2>/dev/null || echo unknown > gpu-bundle/commit
+git -c safe.directory="$PWD" rev-parse --short HEAD > gpu-bundle/commit 2>/dev/null || echo unknown > gpu-bundle/commit
 # Newest symbols asked of the other machine's C and C++ libraries.
 needs=$(objdump -T gpu-bundle/lib/ferry/ferry gpu-bundle/lib/ferry/*.so* gpu-bundle/tests/test_* 2>/dev/null |
   grep -oE '\((GLIBC|GLIBCXX)_[0-9.]+\)' | tr -d '()' | sort -u -V | awk -F_ '{newest[$1] = $2} END {for (name in newest) printf "%s %s  ", name, newest[name]}')
