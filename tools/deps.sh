@@ -41,8 +41,8 @@ if [ ${#needed[@]} -gt 0 ]; then
     sudo=sudo
   fi
   echo "deps: installing Debian packages: ${needed[*]}"
-  $sudo env DEBIAN_FRONTEND=noninteractive apt-get update -qq
-  $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${needed[@]}" >/dev/null
+  $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 update -qq
+  $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "${needed[@]}" >/dev/null
 fi
 
 have_torch() { ls -d .venv/lib/python3*/site-packages/torch-"$torch"*.dist-info >/dev/null 2>&1; }
