@@ -90,9 +90,8 @@ PY
 done
 
 # ---- streaming to the device ----
-# Weights are streamed to the CPU's memory only so far. When the engine streams to a device, its
-# measurements belong here: bit identity with resident, peak device memory under a budget, and the
-# time of a step against max(resident forward, host-to-device copy).
+# Not measured yet. It belongs here: bit identity with resident, peak device memory under a budget,
+# and the time of a step against max(resident forward, host-to-device copy).
 
 rm -rf "$model" "$OUT"/*.safetensors
 "$python" - "$OUT" "$device" "$failed" "$(cat gpu-bundle/commit 2>/dev/null || git rev-parse --short HEAD)" <<'PY'

@@ -104,7 +104,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
   check_writable_parent(options.trace);
   set_threads(options.threads);
   at::NoGradGuard no_grad;
-  at::Device device = parse_device(options.device, options.weights_memory.has_value());
+  at::Device device = tensor::parse_device(options.device);
 
   models::NamedTensors inputs = load_tensors(options.inputs);
   nlohmann::json arguments = parse_arguments(options.arguments);
@@ -126,6 +126,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
   std::shared_ptr<hooks::GroupOffloading> offloading;
   if (options.weights_memory) {
     offload::EngineOptions engine_options;
+    engine_options.device = device;
     engine_options.weights_memory_bytes = *options.weights_memory;
     engine_options.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
     engine_options.stop = context.stop;

@@ -14,6 +14,7 @@
 #include "ferry/io/atomic_file.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
+#include "ferry/tensor/device.h"
 #include "measure.h"
 #include "tensor_file.h"
 
@@ -155,7 +156,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
     pipelines::check_image_extension(options.output);
   }
   set_threads(options.threads);
-  at::Device device = parse_device(options.device, options.weights_memory.has_value());
+  at::Device device = tensor::parse_device(options.device);
   uint64_t seed = pipelines::seed_of(options.picture);
   Trace trace;
   Trace* tracing = options.trace.empty() ? nullptr : &trace;
@@ -165,14 +166,16 @@ int run_generate(const GenerateOptions& options, Context& context) {
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
-  pipeline->to(device);
   if (options.weights_memory) {
     offload::EngineOptions engine;
+    engine.device = device;
     engine.weights_memory_bytes = *options.weights_memory;
     engine.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
     engine.stop = context.stop;
     engine.trace = tracing;
     pipeline->enable_group_offload(std::make_shared<offload::Engine>(engine));
+  } else {
+    pipeline->to(device);
   }
   double load_seconds = std::chrono::duration<double>(Clock::now() - start).count();
 

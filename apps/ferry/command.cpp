@@ -7,7 +7,6 @@
 #include "ferry/base/error.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
-#include "ferry/tensor/device.h"
 
 namespace ferry::cli {
 
@@ -18,17 +17,6 @@ void set_threads(std::optional<int> threads) {
 void add_device(CLI::App* app, std::string& into) {
   app->add_option("--device", into, "cpu, cuda, cuda:1 or auto [default: cpu; or FERRY_DEVICE]")
       ->type_name("NAME");
-}
-
-at::Device parse_device(const std::string& name, bool streams) {
-  at::Device device = tensor::parse_device(name);
-  if (streams && !device.is_cpu()) {
-    throw_error<ArgumentError>(
-        "--weights-memory with the device {}: weights are streamed to the CPU only so far; leave "
-        "out one of the two",
-        device.str());
-  }
-  return device;
 }
 
 nlohmann::json parse_arguments(const std::vector<std::string>& items) {

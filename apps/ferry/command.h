@@ -45,10 +45,8 @@ Command add_tokenize(CLI::App& app);
 // Compute threads: `threads` if given, else what OMP_NUM_THREADS or the machine says.
 void set_threads(std::optional<int> threads);
 
-// --device: where weights stay and computing happens. Throws as tensor::parse_device(), and
-// ArgumentError for an accelerator together with a budget: streaming goes to the CPU's memory.
+// --device: where weights go and computing happens; read by tensor::parse_device().
 void add_device(CLI::App* app, std::string& into);
-at::Device parse_device(const std::string& name, bool streams);
 
 // "name=value" each; a value that is no JSON is a string. Throws ArgumentError.
 nlohmann::json parse_arguments(const std::vector<std::string>& items);

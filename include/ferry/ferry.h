@@ -19,8 +19,7 @@ struct PipelineOptions {
   // "bf16", "fp32", "fp16", or for each component "transformer=bf16,vae=fp32". Empty: as stored.
   std::string dtype{};
   // "cpu", "cuda", "cuda:1", or "auto": the first accelerator if there is one. Empty:
-  // $FERRY_DEVICE, else the CPU. An accelerator holds all weights: streaming goes to the CPU only
-  // so far.
+  // $FERRY_DEVICE, else the CPU.
   std::string device{};
   // Of the weight files, e.g. "fp16".
   std::string variant{};

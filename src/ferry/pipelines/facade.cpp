@@ -56,9 +56,14 @@ Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions
   load.variant = options.variant;
   auto state = std::make_unique<State>();
   state->pipeline = pipelines::DiffusionPipeline::from_pretrained(folder_or_name, load);
-  state->pipeline->to(device);
-  if (options.weights_memory_bytes > 0)
-    state->pipeline->set_memory_budget(options.weights_memory_bytes);
+  if (options.weights_memory_bytes > 0) {
+    offload::EngineOptions engine;
+    engine.weights_memory_bytes = options.weights_memory_bytes;
+    engine.device = device;
+    state->pipeline->enable_group_offload(std::make_shared<offload::Engine>(engine));
+  } else {
+    state->pipeline->to(device);
+  }
   return Pipeline(std::move(state));
 }
 

@@ -245,11 +245,11 @@ bool DiffusionPipeline::has(const std::string& name) const {
 }
 
 void DiffusionPipeline::to(at::Device device) {
-  if (engine_ && !device.is_cpu()) {
+  if (engine_) {
+    if (engine_->options().device == device) return;
     throw_error<ArgumentError>(
-        "{}: its weights are streamed, to the CPU only so far; call disable_group_offload() before "
-        "to({})",
-        class_name(), device.str());
+        "{}: its weights are streamed to {}; call disable_group_offload() before to({})",
+        class_name(), engine_->options().device.str(), device.str());
   }
   for (const auto& [name, component] : components_) {
     if (component.model && component.model->device() != device) component.model->to(device);
@@ -258,12 +258,6 @@ void DiffusionPipeline::to(at::Device device) {
 
 void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> engine,
                                              const hooks::GroupOffloadingConfig& config) {
-  for (const auto& [name, component] : components_) {
-    if (!component.model || component.model->device().is_cpu()) continue;
-    throw_error<ArgumentError>(
-        "{}: {} is on {}; weights are streamed to the CPU only so far: call to(cpu) first",
-        class_name(), name, component.model->device().str());
-  }
   disable_group_offload();
   try {
     for (const auto& [name, component] : components_) {

@@ -152,12 +152,12 @@ class DiffusionPipeline {
   bool has(const std::string& name) const;
 
   // Moves all models to `device` (tensor::parse_device()); weights that were not read yet are read
-  // straight to it. Throws ArgumentError for an accelerator while weights are streamed: streaming
-  // goes to the CPU's memory.
+  // straight to it. While weights are streamed, they stay with their engine's device: throws
+  // ArgumentError for another.
   void to(at::Device device);
 
   // Streams the weights of all models through one engine, which other pipelines may share. Throws
-  // BudgetError stating the least budget, ArgumentError for models on an accelerator.
+  // BudgetError stating the least budget.
   void enable_group_offload(std::shared_ptr<offload::Engine> engine,
                             const hooks::GroupOffloadingConfig& config = {});
   void disable_group_offload();
