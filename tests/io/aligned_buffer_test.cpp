@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <fstream>
 #include <new>
+#include <string>
 
 #include "ferry/base/error.h"
 #include "ferry/base/system_info.h"
@@ -19,6 +21,29 @@ TEST(AlignedBuffer, AlignedAndWritable) {
       std::memset(buffer.data(), 7, size);
     }
   }
+}
+
+// Of this process, in KiB.
+uint64_t huge_page_kib() {
+  std::ifstream file("/proc/self/smaps_rollup");
+  for (std::string word; file >> word;) {
+    uint64_t kib = 0;
+    if (word == "AnonHugePages:" && file >> kib) return kib;
+  }
+  return 0;
+}
+
+TEST(AlignedBuffer, LargeOnesAreOfHugePages) {
+  std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+  std::string enabled;
+  if (!std::getline(file, enabled) || enabled.find("[never]") != std::string::npos) {
+    GTEST_SKIP() << "this system has no transparent huge pages";
+  }
+  uint64_t before = huge_page_kib();
+  AlignedBuffer buffer(64 << 20);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % (2 << 20), 0u);
+  std::memset(buffer.data(), 1, buffer.size_bytes());
+  EXPECT_GT(huge_page_kib(), before);
 }
 
 TEST(AlignedBuffer, EmptyAndMoved) {
