@@ -13,6 +13,8 @@
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
 #include "ferry/pipelines/picture_options.h"
+#include "ferry/models/autoencoders/autoencoder.h"
+#include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/pipeline.h"
 #include "ferry/tensor/device.h"
 #include "measure.h"
@@ -28,7 +30,8 @@ struct GenerateOptions {
   std::string model, output, latents, output_type = "image", dtype, device, variant, stats, trace;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
   PictureOptions picture;  // all but the prompts, which may be several here
-  std::optional<uint64_t> weights_memory, io_limit;
+  std::optional<uint64_t> weights_memory, host_memory, io_limit;
+  std::string memory = "auto";
   std::optional<int> threads;
   int quality = 95;
 };
@@ -142,6 +145,51 @@ pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uin
   return a;
 }
 
+// What the weights may take; nothing if they all fit in memory. Says what was chosen, and makes the
+// autoencoder decode in tiles where the decode would not fit otherwise.
+std::optional<uint64_t> weights_budget(const GenerateOptions& options,
+                                       pipelines::DiffusionPipeline& pipeline, at::Device device,
+                                       const Context& context) {
+  if (options.weights_memory) return options.weights_memory;
+  pipelines::GenerationSize size;
+  size.width = options.picture.width.value_or(0);
+  size.height = options.picture.height.value_or(0);
+  for (const auto& [name, component] : pipeline.components()) {
+    if (!component.model || !dynamic_cast<models::AutoencoderMixin*>(component.model.get())) continue;
+    const auto trained = component.model->config_json().value("sample_size", int64_t{0});
+    if (size.width == 0) size.width = trained;
+    if (size.height == 0) size.height = trained;
+  }
+  size.batch = options.picture.num_images * static_cast<int64_t>(options.prompt.size());
+  size.text_tokens = options.picture.max_sequence_length.value_or(512);
+  size.true_cfg =
+      !options.negative_prompt.empty() && options.picture.true_cfg_scale.value_or(1) > 1;
+  const bool automatic = options.memory == "auto";
+  pipelines::FreeMemory free;
+  if (automatic) free = pipelines::usable_memory(device);
+  const uint64_t total =
+      automatic ? free.usable_bytes : parse_bytes(options.memory, "--memory");
+  const pipelines::MemorySplit split = pipelines::split_memory(pipeline, size, total, device);
+  if (split.tile_vae) {
+    for (const auto& [name, component] : pipeline.components()) {
+      if (auto* vae = dynamic_cast<models::AutoencoderMixin*>(component.model.get()))
+        vae->enable_tiling();
+    }
+  }
+  if (!context.quiet) {
+    std::string help;
+    if (!split.all_fit())
+      help = "; streamed: a smaller picture, a smaller dtype or more memory would make it faster";
+    fmt::print("memory {}{}{}\n", split.describe(),
+               automatic ? fmt::format(", {} left to other programs",
+                                       format_bytes(free.headroom_bytes))
+                         : "",
+               help);
+  }
+  if (split.all_fit()) return std::nullopt;
+  return split.weights_bytes;
+}
+
 int run_generate(const GenerateOptions& options, Context& context) {
   auto start = Clock::now();
   bool latent = pipelines::parse_output_type(options.output_type) == pipelines::OutputType::latent;
@@ -166,10 +214,12 @@ int run_generate(const GenerateOptions& options, Context& context) {
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
-  if (options.weights_memory) {
+  const std::optional<uint64_t> weights_memory = weights_budget(options, *pipeline, device, context);
+  if (weights_memory) {
     offload::EngineOptions engine;
     engine.device = device;
-    engine.weights_memory_bytes = *options.weights_memory;
+    engine.weights_memory_bytes = *weights_memory;
+    engine.host_memory_bytes = options.host_memory.value_or(0);
     engine.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
     engine.stop = context.stop;
     engine.trace = tracing;
@@ -226,7 +276,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
                                     {"peak_rss_bytes", peak_rss_bytes()}};
     if (!device.is_cpu()) stats["peak_device_bytes"] = peak_device_bytes(device);
     if (pipeline->engine()) {
-      stats["weights_memory_bytes"] = *options.weights_memory;
+      stats["weights_memory_bytes"] = *weights_memory;
       stats["peak_weights_bytes"] = report.peak_bytes;
       stats["stall_seconds"] = report.stall_seconds;
     }
@@ -253,8 +303,8 @@ Command add_generate(CLI::App& app) {
   auto o = std::make_shared<GenerateOptions>();
   CLI::App* command = app.add_subcommand("generate", "Make pictures from a prompt");
   command->footer(
-      "Makes pictures from a prompt with a pipeline folder as Python diffusers writes it. With\n"
-      "--weights-memory, weights are streamed from disk and take no more memory than that.");
+      "Makes pictures from a prompt with a pipeline folder as Python diffusers writes it. Weights\n"
+      "that do not fit into --memory are streamed from disk while the model computes.");
   command
       ->add_option("-m,--model", o->model,
                    "pipeline folder, or org/repo[@revision] in the local Hugging Face cache")
@@ -326,8 +376,27 @@ Command add_generate(CLI::App& app) {
   command->add_option("--threads", o->threads, "compute threads")
       ->check(CLI::PositiveNumber)
       ->type_name("N");
+  CLI::Option* memory =
+      command
+          ->add_option("--memory", o->memory,
+                       "for everything where compute happens, e.g. 6GB: weights that do not fit are "
+                       "streamed; auto: what is free, leaving a tenth of it")
+          ->check([](const std::string& text) -> std::string {
+            try {
+              if (text != "auto") parse_bytes(text);
+              return {};
+            } catch (const Error& error) {
+              return error.what();
+            }
+          })
+          ->type_name("BYTES|auto")
+          ->capture_default_str();
   add_bytes(command, "--weights-memory", o->weights_memory,
-            "stream the weights under this budget, e.g. 6GB or 512MiB [default: all in memory]");
+            "for the weights alone, e.g. 4GB or 512MiB")
+      ->excludes(memory);
+  add_bytes(command, "--host-memory", o->host_memory,
+            "pinned host memory on an accelerator: weights that fit in it need no disk [default: "
+            "staging]");
   add_rate(command, "--io-limit", o->io_limit, "read no faster than this, e.g. 500MB/s");
   command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")
       ->type_name("FILE");

@@ -14,6 +14,7 @@
 #include "ferry/base/error.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/tensor/dtype.h"
+#include "ferry/testing/faulty_system.h"
 #include "ferry/weights/stub.h"
 
 namespace ferry::offload {
@@ -21,10 +22,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class EngineTest : public testing::Test {
+class EngineTest : public ::testing::Test {
  protected:
   EngineTest() {
-    std::string name = testing::TempDir() + "/engine.XXXXXX";
+    std::string name = ::testing::TempDir() + "/engine.XXXXXX";
     folder_ = ::mkdtemp(name.data());
   }
   ~EngineTest() override { fs::remove_all(folder_); }
@@ -279,7 +280,7 @@ TEST_F(EngineTest, MoreLeasedThanFitsSaysWhat) {
     Lease second = client.lease(1);
     FAIL() << "both fit";
   } catch (const BudgetError& error) {
-    EXPECT_THAT(error.what(), testing::AllOf(testing::HasSubstr("g1"), testing::HasSubstr("g0")));
+    EXPECT_THAT(error.what(), ::testing::AllOf(::testing::HasSubstr("g1"), ::testing::HasSubstr("g0")));
   }
   first.release();
   client.end_pass(false);
@@ -293,7 +294,7 @@ TEST_F(EngineTest, ABudgetThatCannotWorkStatesTheLeast) {
     Client client(engine, "model", groups());
     FAIL() << "accepted";
   } catch (const BudgetError& error) {
-    EXPECT_THAT(error.what(), testing::HasSubstr("give at least"));
+    EXPECT_THAT(error.what(), ::testing::HasSubstr("give at least"));
   }
 }
 
@@ -424,7 +425,7 @@ TEST_F(EngineTest, ChangedWeightsAreKept) {
       slots_[2].add_(1);
     }
     expected_[2] = expected_[2] + 1;
-    EXPECT_THAT(told, testing::UnorderedElementsAre("w1", "b1"));
+    EXPECT_THAT(told, ::testing::UnorderedElementsAre("w1", "b1"));
     for (int pass = 0; pass < 3; ++pass) run_pass(client, {0, 1, 2, 3});
     // Replaced while idle, as load_state_dict() does.
     client.unload();
@@ -541,6 +542,59 @@ TEST_F(EngineTest, WithoutReadAheadEveryLeaseIsAMiss) {
   Client client(engine, "model", groups());
   for (int pass = 0; pass < 2; ++pass) run_pass(client, {0, 1, 2, 3});
   EXPECT_EQ(engine.report().misses, 8u);
+}
+
+// Every operation on files fails in turn: the run ends with the right weights or the right error,
+// leaves nothing leased, and goes on once the fault is gone.
+TEST_F(EngineTest, AnyOperationMayFail) {
+  using ferry::testing::Fault;
+  write({60, 30, 90, 7});
+  const std::vector<size_t> order = {0, 1, 2, 3};
+  for (auto backend : {io::ReadBackend::automatic, io::ReadBackend::pread}) {
+    for (Fault fault : {Fault::io_error, Fault::try_again, Fault::short_read, Fault::slow,
+                        Fault::truncated, Fault::changed}) {
+      const bool harmless =
+          fault == Fault::try_again || fault == Fault::short_read || fault == Fault::slow;
+      int failed = 0;
+      for (int64_t k = 0;; ++k) {
+        ferry::testing::FaultySystem system;
+        std::vector<Group> groups = EngineTest::groups();
+        auto file = io::File::open(folder_ / "model.safetensors", system);
+        for (Group& group : groups) {
+          for (weights::BoundSlot& bound : group.slots) bound.source.file = file;
+        }
+        EngineOptions options = EngineTest::options(40 << 10, 40 << 10);
+        options.read.backend = backend;
+        Engine engine(options);
+        Client client(engine, "model", std::move(groups));
+        system.arm(fault, k);
+        bool threw = false;
+        for (int pass = 0; pass < 2; ++pass) {
+          client.begin_pass();
+          try {
+            for (size_t group : order) {
+              Lease lease = client.lease(group);
+              ASSERT_TRUE(is_right(group));
+            }
+            client.end_pass();
+          } catch (const IoError& error) {
+            threw = true;
+            EXPECT_THAT(error.what(), ::testing::HasSubstr("model.safetensors"));
+            client.end_pass(false);
+          }
+        }
+        const bool fired = system.fired();
+        system.disarm();
+        ASSERT_FALSE(threw && harmless) << "operation " << k;
+        failed += threw;
+        run_pass(client, order);
+        client.unload();
+        expect_all_stubs();
+        if (!fired) break;
+      }
+      if (!harmless) EXPECT_GT(failed, 3);
+    }
+  }
 }
 
 TEST_F(EngineTest, DestructionWhileReadsAreInFlight) {
