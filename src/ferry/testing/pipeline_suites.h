@@ -288,18 +288,24 @@ TEST_P(PipelineTester, ComponentsMayDifferInDtype) {
   const std::string denoiser = GetParam().denoiser;
   std::vector<std::string> mixes = {"bf16", "fp32," + denoiser + "=bf16"};
   for (const std::string& name : model_names(load())) mixes.push_back("bf16," + name + "=fp32");
-  at::Tensor reference = load()->text_to_image(call(7, pipelines::OutputType::pt)).tensor;
+  // From the same start: noise drawn in another dtype is other noise.
+  auto from = [](uint64_t seed) {
+    auto start = call(7, pipelines::OutputType::pt);
+    start.latents = at::randn_like(latents(load()), tensor::Generator().manual_seed(seed).impl());
+    return start;
+  };
+  at::Tensor reference = load()->text_to_image(from(7)).tensor;
   for (const std::string& mix : mixes) {
     auto pipeline = load(mix);
     auto map = pipelines::DtypeMap::parse(mix);
     for (const std::string& name : model_names(pipeline))
       EXPECT_EQ(pipeline->model(name).dtype(), map.of(name)) << mix << " " << name;
     EXPECT_EQ(latents(pipeline).scalar_type(), map.of(denoiser)) << mix;
-    at::Tensor picture = pipeline->text_to_image(call(7, pipelines::OutputType::pt)).tensor;
+    at::Tensor picture = pipeline->text_to_image(from(7)).tensor;
     EXPECT_EQ(picture.sizes(), reference.sizes()) << mix;
     EXPECT_TRUE(at::isfinite(picture).all().item<bool>()) << mix;
     // The same picture, but for rounding: another seed's is farther away.
-    at::Tensor other = load()->text_to_image(call(8, pipelines::OutputType::pt)).tensor;
+    at::Tensor other = load()->text_to_image(from(8)).tensor;
     EXPECT_LT((picture.to(at::kFloat) - reference).abs().mean().item<double>(),
               0.5 * (other - reference).abs().mean().item<double>())
         << mix;
@@ -322,8 +328,8 @@ TEST_P(PipelineTester, StreamedEqualsResidentBitForBit) {
       auto engine = std::make_shared<offload::Engine>(options);
       try {
         pipeline->enable_group_offload(engine, {.offload_type = type});
+        latents(pipeline);  // a component may find that the others leave it too little
       } catch (const BudgetError&) {
-        EXPECT_FALSE(pipeline->engine());
         continue;
       }
       ++tried;
