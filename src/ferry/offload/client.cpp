@@ -50,6 +50,8 @@ Client::Client(Engine& engine, std::string name, std::vector<Group> groups,
   engine_.held_small_ += small_bytes_;
   try {
     adopt_plan_locked(make_plan_locked());
+    // Its small slots take from what the others planned with: better told now than at first use.
+    for (Client* other : engine_.clients_) other->make_plan_locked();
   } catch (...) {
     engine_.held_small_ -= small_bytes_;
     throw;
