@@ -26,7 +26,7 @@ Tensors ids(const at::Tensor& like, at::IntArrayRef shape, int64_t below) {
   return {on_device.view(shape).remainder(below)};
 }
 
-at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const std::vector<int64_t>& stride = {1, 1},
                   const std::vector<int64_t>& padding = {0, 0}, int64_t groups = 1) {
   return at::conv2d(x, weight, bias, at::IntArrayRef(stride), at::IntArrayRef(padding),
@@ -79,14 +79,14 @@ const std::vector<Case>& cases() {
        }},
       {"conv2d", {{2, 4, 9, 10}, {6, 4, 3, 3}, {6}},
        [](const Tensors& in) -> Tensors {
-         return {conv2d(in[0], in[1], in[2], {1, 1}, {1, 1}),
-                 conv2d(in[0], in[1], {}, {2, 2}, {0, 1}),
+         return {convolve(in[0], in[1], in[2], {1, 1}, {1, 1}),
+                 convolve(in[0], in[1], {}, {2, 2}, {0, 1}),
                  at::convolution(in[0], in[1], in[2], {1, 1}, {2, 2}, {2, 2}, false, {0, 0}, 1),
-                 conv2d(in[0].contiguous(at::MemoryFormat::ChannelsLast), in[1], in[2])};
+                 convolve(in[0].contiguous(at::MemoryFormat::ChannelsLast), in[1], in[2])};
        }},
       {"conv2d of groups, kernel 1", {{2, 4, 5, 5}, {6, 2, 1, 1}, {6}},
        [](const Tensors& in) -> Tensors {
-         return {conv2d(in[0], in[1], in[2], {1, 1}, {0, 0}, 2)};
+         return {convolve(in[0], in[1], in[2], {1, 1}, {0, 0}, 2)};
        }},
       {"transposed convolution", {{2, 4, 5, 5}, {4, 3, 3, 3}},
        [](const Tensors& in) -> Tensors {
