@@ -40,8 +40,8 @@ style: ## formats all sources
 fixup: ## formats what changed since HEAD
 	@tools/format.sh --changed
 
-tidy: $(BUILD)/build.ninja ## clang-tidy; slow: it parses torch's headers
-	@tools/tidy.sh $(BUILD)
+tidy: $(BUILD)/build.ninja ## clang-tidy; slow: it parses torch's headers; FOLDERS="src/ferry/base" for some
+	@tools/tidy.sh $(BUILD) $(FOLDERS)
 
 asan: deps ## all tests under the address and undefined-behaviour sanitizers; slow
 	cmake --preset asan

@@ -10,11 +10,14 @@ mode=${2:-}
 cd "$(dirname "$0")/.."
 lib="$prefix/lib/ferry"
 mkdir -p "$lib"
-torch=$(ls -d "${TORCH_DIR:-}" .venv/lib/python3*/site-packages/torch 2>/dev/null | head -1)
-[ -e "$torch/lib/libtorch_cpu.so" ] || torch=$(ls -d "$torch"/lib/python3*/site-packages/torch | head -1)
+for torch in "${TORCH_DIR:-none}" "${TORCH_DIR:-none}"/lib/python3*/site-packages/torch .venv/lib/python3*/site-packages/torch; do
+  [ ! -e "$torch/lib/libtorch_cpu.so" ] || break
+done
+[ -e "$torch/lib/libtorch_cpu.so" ] || { echo "collect_libs: no libtorch in .venv (make deps) nor in TORCH_DIR" >&2; exit 1; }
+torch=$(cd "$torch" && pwd)  # ldd tells paths as they were given
 version=$(sed -n "s/^__version__ = '\([0-9.]*\).*/\1/p" "$torch/version.py")
 nvidia=$(dirname "$torch")/nvidia
-export LD_LIBRARY_PATH="$torch/lib:$(ls -d "$nvidia"/*/lib 2>/dev/null | tr '\n' ':')${LD_LIBRARY_PATH:-}"
+export LD_LIBRARY_PATH="$torch/lib:$(printf '%s:' "$nvidia"/*/lib)${LD_LIBRARY_PATH:-}"
 
 libraries=$(ldd "$prefix/bin/ferry")
 if absent=$(grep 'not found' <<<"$libraries"); then
@@ -26,7 +29,7 @@ find "$lib" -name '*.so*' -delete
 awk '$3 ~ /^\// {print $3}' <<<"$libraries" | while read -r library; do
   name=$(basename "$library")
   case "$name" in
-    libc.so*|libm.so*|libdl.so*|libpthread.so*|librt.so*|ld-linux*|libgcc_s.so*|libstdc++.so*) continue ;;
+    libc.so*|libm.so*|libdl.so*|libutil.so*|libpthread.so*|librt.so*|ld-linux*|libgcc_s.so*|libstdc++.so*) continue ;;
   esac
   case "$library" in
     */torch/*|*/nvidia/*) [ "$mode" = --without-torch ] && continue ;;
@@ -52,5 +55,5 @@ else
   rm -f "$lib/ferry" "$lib/with_torch" "$lib/torch-version"
   echo "$prefix: $(size "$prefix"), of which libtorch $version $(size "$lib"/libtorch* "$lib"/libc10*) and other libraries $(size $(ls "$lib"/*.so* | grep -v -e libtorch -e libc10)) in lib/ferry"
   echo "libtorch was copied into it: bin/ferry runs without this checkout, also after the tree was moved"
-  [ ! -e "$torch/lib/libtorch_cuda.so" ] || echo "for a GPU it also wants libtorch_cuda.so: set FERRY_TORCH_DIR to a torch $version with CUDA ($(cd "$torch" && pwd) holds $(size "$torch"))"
+  [ ! -e "$torch/lib/libtorch_cuda.so" ] || echo "for a GPU it also wants libtorch_cuda.so: set FERRY_TORCH_DIR to a torch $version with CUDA ($torch holds $(size "$torch"))"
 fi
