@@ -211,7 +211,7 @@ void Client::begin_pass() {
     try {
       if (std::exchange(plan_is_stale_, false)) engine_.active_ = nullptr;
       engine_.activate_locked(*this);
-      read_ahead_locked();
+      read_ahead_quietly_locked();
     } catch (...) {
       --pass_depth_;
       throw;
@@ -239,7 +239,7 @@ void Client::end_pass(bool completed) {
         if (!announced.empty() && announced.front().client == this &&
             --announced.front().passes == 0)
           announced.pop_front();
-        if (engine_.active_ == this) read_ahead_locked();
+        if (engine_.active_ == this) read_ahead_quietly_locked();
       } else {
         forget_predictions_locked();
         engine_.announced_.clear();
@@ -341,6 +341,15 @@ void Client::read_ahead_locked() {
       }
     }
     ++cursor_;
+  }
+}
+
+void Client::read_ahead_quietly_locked() noexcept {
+  try {
+    read_ahead_locked();
+  } catch (const std::exception& error) {
+    // The group that could not be asked for is absent: its own lease will meet the error.
+    log::debug("{}: reading ahead failed: {}", name_, error.what());
   }
 }
 
@@ -580,7 +589,7 @@ Lease Client::lease(size_t group) {
         return !engine_.carrier_->has_arrived(piece);
       });
       // While this one arrives, the ones behind it can be asked for.
-      if (waited) read_ahead_locked();
+      if (waited) read_ahead_quietly_locked();
       arrive_locked(state, lock);
     } catch (...) {
       state.leases = 0;
@@ -629,12 +638,7 @@ void Client::release(size_t group) noexcept {
         for (Piece& piece : state.pieces) piece.detach();
         state.attached = false;
       }
-      try {
-        if (engine_.active_ == this) read_ahead_locked();
-      } catch (const std::exception& error) {
-        // The group that could not be asked for is absent: its own lease will meet the error.
-        log::debug("{}: reading ahead failed: {}", name_, error.what());
-      }
+      if (engine_.active_ == this) read_ahead_quietly_locked();
     }
   }
   engine_.turn_.leave();

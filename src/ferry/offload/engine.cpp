@@ -149,7 +149,7 @@ void Engine::prepare_memory_locked() {
   }
   arena_ = Arena(Memory::on(options_.device, wanted));
   CarrierContext context{options_, *reader_, arena_, report_, mutex_, [this] {
-                           if (active_) active_->read_ahead_locked();
+                           if (active_) active_->read_ahead_quietly_locked();
                          }};
   if (options_.device.is_cpu()) {
     carrier_ = make_cpu_carrier(std::move(context));

@@ -229,6 +229,7 @@ class Client {
   bool wraps_locked() const;
   // Asks for the predicted groups in turn, as long as there is room.
   void read_ahead_locked();
+  void read_ahead_quietly_locked() noexcept;
   // Before this component runs: its first groups.
   void bring_first_locked();
   // Reserves memory for what is missing of a group and begins to bring it; false if there is no

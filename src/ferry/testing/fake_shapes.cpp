@@ -229,8 +229,12 @@ std::optional<Stack> infer_results(const c10::OperatorHandle& op, const Stack& a
     // A kernel of several out= arguments returns references into the stack that is gone by then.
     const Stack keep = arguments;
     Stack stack = arguments;
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
-    return stack;
+    try {
+      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &stack);
+      return stack;
+    } catch (const c10::NotImplementedError&) {
+      // Only the fallback that says so: the kernel proper is Python's.
+    }
   }
   return pointwise(op, arguments);
 }
