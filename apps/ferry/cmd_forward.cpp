@@ -37,7 +37,8 @@ struct ForwardOptions {
   std::optional<uint64_t> weights_memory, io_limit;
   std::optional<int> threads;
   int repeat = 1;
-  bool cold = false;
+  std::string pack;
+  bool cold = false, use_packs = false;
 };
 
 // Collects the outputs of one submodule: `path`, `path.N` where there are several tensors, and
@@ -113,6 +114,8 @@ int run_forward(const ForwardOptions& options, Context& context) {
   models::LoadOptions load;
   if (!options.dtype.empty()) load.dtype = tensor::parse_dtype(options.dtype);
   load.variant = options.variant;
+  load.pack = options.pack;
+  load.use_packs = options.use_packs;
   auto start = Clock::now();
   std::shared_ptr<models::Model> model =
       models::load_model(options.folder, load, options.class_name);
@@ -268,6 +271,13 @@ Command add_forward(CLI::App& app) {
   command->add_option("--offload-type", options->offload_type, "leaf_level or block_level")
       ->check(CLI::IsMember({"leaf_level", "block_level"}))
       ->capture_default_str();
+  auto* pack = command
+                   ->add_option("--pack", options->pack,
+                                "read the weights from this lossless pack (ferry pack)")
+                   ->type_name("FILE");
+  command
+      ->add_flag("--use-packs", options->use_packs, "read the weights' pack in the cache, if any")
+      ->excludes(pack);
   add_rate(command, "--io-limit", options->io_limit, "read no faster than this, e.g. 500MB/s");
   return {command, [options](Context& context) { return run_forward(*options, context); }};
 }

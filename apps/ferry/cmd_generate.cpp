@@ -34,6 +34,7 @@ struct GenerateOptions {
   std::string memory = "auto";
   std::optional<int> threads;
   int quality = 95;
+  bool use_packs = false;
 };
 
 // The bars of the stages, one after the other, and how long each took.
@@ -213,6 +214,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
   pipelines::PipelineLoadOptions load;
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
+  load.use_packs = options.use_packs;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
   const std::optional<uint64_t> weights_memory = weights_budget(options, *pipeline, device, context);
   if (weights_memory) {
@@ -397,6 +399,8 @@ Command add_generate(CLI::App& app) {
   add_bytes(command, "--host-memory", o->host_memory,
             "pinned host memory on an accelerator: weights that fit in it need no disk [default: "
             "staging]");
+  command->add_flag("--use-packs", o->use_packs,
+                    "read lossless packs of the weights from the cache (ferry pack makes them)");
   add_rate(command, "--io-limit", o->io_limit, "read no faster than this, e.g. 500MB/s");
   command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")
       ->type_name("FILE");

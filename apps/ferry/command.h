@@ -33,11 +33,13 @@ struct Command {
   Run run;
 };
 
+Command add_cache(CLI::App& app);
 Command add_doctor(CLI::App& app);
 Command add_forward(CLI::App& app);
 Command add_generate(CLI::App& app);
 Command add_inspect(CLI::App& app);
 Command add_plan(CLI::App& app);
+Command add_pack(CLI::App& app);
 Command add_random(CLI::App& app);
 Command add_schedule(CLI::App& app);
 Command add_tokenize(CLI::App& app);

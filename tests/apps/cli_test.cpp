@@ -12,6 +12,7 @@
 #include "../io/temp_folder.h"
 #include "ferry/pipelines/image.h"
 #include "ferry/weights/binding.h"
+#include "run_ferry.h"
 
 namespace ferry {
 namespace {
@@ -19,36 +20,14 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::HasSubstr;
 using ::testing::Not;
+using testing_apps::ferry;
+using testing_apps::Result;
+using testing_apps::start;
 using testing_io::read_text;
 using testing_io::TempFolder;
 using testing_io::write_text;
 
 const std::string kFixtures = FERRY_FIXTURES;
-
-struct Result {
-  int code;
-  std::string out, err;
-};
-
-pid_t start(const std::vector<std::string>& arguments, const fs::path& out, const fs::path& err) {
-  pid_t child = fork();
-  if (child != 0) return child;
-  if (!freopen(out.c_str(), "w", stdout) || !freopen(err.c_str(), "w", stderr)) _exit(99);
-  std::vector<char*> argv = {const_cast<char*>(FERRY_CLI)};
-  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
-  argv.push_back(nullptr);
-  execv(FERRY_CLI, argv.data());
-  _exit(98);
-}
-
-Result ferry(const std::vector<std::string>& arguments) {
-  TempFolder folder;
-  pid_t child = start(arguments, folder / "out", folder / "err");
-  int status = 0;
-  waitpid(child, &status, 0);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), read_text(folder / "out"),
-          read_text(folder / "err")};
-}
 
 at::Tensor tensor(const fs::path& file, const std::string& name) {
   auto checkpoint = weights::Checkpoint::open_file(file);
@@ -85,8 +64,8 @@ TEST(Cli, WrongUseExitsWithTwoAndOneMessage) {
 TEST(Cli, HelpAndVersion) {
   Result help = ferry({"--help"});
   EXPECT_EQ(help.code, 0);
-  for (const char* name :
-       {"generate", "inspect", "forward", "schedule", "tokenize", "random", "plan", "doctor"}) {
+  for (const char* name : {"generate", "inspect", "forward", "schedule", "tokenize", "random",
+                           "plan", "pack", "cache", "doctor"}) {
     EXPECT_THAT(help.out, HasSubstr(name));
     Result own = ferry({name, "--help"});
     EXPECT_EQ(own.code, 0) << name;

@@ -9,11 +9,13 @@
 #include <unordered_set>
 
 #include "ferry/base/error.h"
+#include "ferry/base/log.h"
 #include "ferry/io/read_engine.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/models/config.h"
 #include "ferry/nn/attention_dispatch.h"
 #include "ferry/tensor/dtype.h"
+#include "ferry/weights/lossless_pack.h"
 #include "ferry/weights/stub.h"
 
 namespace ferry::models {
@@ -63,6 +65,29 @@ std::string class_name_of(const nlohmann::ordered_json& config, const std::strin
   }
   throw_error<FormatError>(
       "{}: has neither \"_class_name\" nor \"architectures\": not a model's config", where);
+}
+
+bool has_weights(const std::filesystem::path& folder) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().extension() == ".safetensors") return true;
+  }
+  return false;
+}
+
+// The folder's checkpoint, or a lossless pack of it.
+std::shared_ptr<const weights::Checkpoint> open_weights(const std::filesystem::path& folder,
+                                                        const std::string& base,
+                                                        const LoadOptions& options) {
+  if (!options.pack.empty() && !has_weights(folder)) return weights::open_pack(options.pack);
+  auto checkpoint = weights::Checkpoint::open_folder(folder, base, options.variant);
+  if (!options.pack.empty()) return weights::open_pack(options.pack, checkpoint.get());
+  if (options.use_packs) {
+    weights::PackCache cache;
+    if (auto pack = weights::find_cached_pack(cache, *checkpoint)) return pack;
+    log::warn("{}: there is no pack in {}, so the checkpoint is read; ferry pack makes one",
+              folder.string(), cache.folder().string());
+  }
+  return checkpoint;
 }
 
 // ---- save_pretrained ----
@@ -306,8 +331,7 @@ std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const Loa
     throw_error<FormatError>("{}: {}", where, error.what());
   }
 
-  auto checkpoint =
-      weights::Checkpoint::open_folder(folder, model->weights_base(), options.variant);
+  auto checkpoint = open_weights(folder, model->weights_base(), options);
   Traits traits = model->traits();
   weights::BindOptions bind_options;
   bind_options.map_key = [&](const std::string& key) { return model->map_key(key); };

@@ -129,6 +129,11 @@ struct LoadOptions {
   std::string variant = {};
   // Read all weights now rather than at the first call.
   bool load_now = false;
+  // Read the weights from this lossless pack of the checkpoint (weights/lossless_pack.h). A pack of
+  // another checkpoint is refused; a folder without weights of its own takes any that fits.
+  std::filesystem::path pack = {};
+  // Read them from the checkpoint's pack in the pack cache, if there is one.
+  bool use_packs = false;
 };
 
 // Makes the model that `folder`/config.json names and binds it to the checkpoint beside it. Reads

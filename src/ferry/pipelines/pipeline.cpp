@@ -71,8 +71,11 @@ Component load_component(const fs::path& folder, const std::string& name,
                          const std::string& class_name, const PipelineLoadOptions& options) {
   Component component;
   if (contains(models::model_classes(), class_name)) {
-    component.model = models::load_model(
-        folder, {.dtype = options.dtype.of(name), .variant = options.variant}, class_name);
+    component.model = models::load_model(folder,
+                                         {.dtype = options.dtype.of(name),
+                                          .variant = options.variant,
+                                          .use_packs = options.use_packs},
+                                         class_name);
   } else if (contains(schedulers::scheduler_classes(), class_name)) {
     component.scheduler = schedulers::load_scheduler(folder, class_name);
   } else if (class_name.find("Tokenizer") != std::string::npos) {

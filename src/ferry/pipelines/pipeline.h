@@ -54,6 +54,8 @@ struct PipelineLoadOptions {
   // Unset keeps the stored dtypes; otherwise as models::LoadOptions.
   DtypeMap dtype;
   std::string variant;
+  // Read weights from lossless packs in the pack cache where there are some.
+  bool use_packs = false;
   // Taken instead of the folder's; `Component()` leaves one out.
   std::map<std::string, Component> components;
 };
