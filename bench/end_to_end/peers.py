@@ -21,6 +21,7 @@ parser.add_argument("--output")
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--repeat", type=int, default=3)
 parser.add_argument("--cold", action="store_true", help="drop the files' pages before each forward")
+parser.add_argument("--mmap", action="store_true", help="load by mapping, as from_pretrained does if not told otherwise")
 args = parser.parse_args()
 
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -79,7 +80,7 @@ if args.mode == "hook":
                                     place_submodules=False)
             add_hook_to_module(module, hook)
 else:
-    model = FluxTransformer2DModel.from_pretrained(args.folder, torch_dtype=torch.bfloat16, disable_mmap=True)
+    model = FluxTransformer2DModel.from_pretrained(args.folder, torch_dtype=torch.bfloat16, disable_mmap=not args.mmap)
     if args.mode == "group_disk":
         scratch = tempfile.mkdtemp(prefix="group_disk.", dir=os.environ.get("TMPDIR", "/tmp"))
         apply_group_offloading(model, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),

@@ -5,6 +5,9 @@
 Each round runs every mode once as a process of its own; a mode's figure is the median over the
 rounds of the median of its forwards after the first. Prints a table with ratios and peak memory, and
 whether the outputs are equal; --json FILE keeps the figures.
+
+--memory-limit 1229MiB runs each process in a memory cgroup of that size (v1 or v2, as root); one that
+the kernel kills is reported as killed. Python then loads by mapping, since the whole model would not fit.
 """
 import argparse
 import json
@@ -27,6 +30,7 @@ parser.add_argument("--threads", type=int, nargs="*", default=[1])
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--repeat", type=int, default=4)
 parser.add_argument("--modes", nargs="*", default=["ferry", "py_resident", "ferry_512", "py_hook", "py_group", "limit"])
+parser.add_argument("--memory-limit", help="bytes, or with MiB or GiB")
 parser.add_argument("--json")
 args = parser.parse_args()
 
@@ -47,7 +51,42 @@ save_file(dict(hidden_states=torch.randn(1, {image}, 64), encoder_hidden_states=
     subprocess.run([args.python, "-c", script], check=True)
 
 
-def run_mode(mode, model, inputs, threads, work):
+class MemoryLimit:
+    """A memory cgroup for the processes that are started with `prefix`; no limit if `size` is None."""
+
+    def __init__(self, size):
+        self.folder = None
+        if not size:
+            return
+        units = {"MiB": 1 << 20, "GiB": 1 << 30}
+        size = int(float(size[:-3]) * units[size[-3:]]) if size[-3:] in units else int(size)
+        old = os.path.isdir("/sys/fs/cgroup/memory")
+        self.folder = f"/sys/fs/cgroup/{'memory/' if old else ''}ferry-bench-{os.getpid()}"
+        os.mkdir(self.folder)
+        self.write("memory.limit_in_bytes" if old else "memory.max", size)
+        swap = "memory.swappiness" if old else "memory.swap.max"
+        if os.path.exists(os.path.join(self.folder, swap)):
+            self.write(swap, 0)
+
+    def write(self, name, value):
+        with open(os.path.join(self.folder, name), "w") as handle:
+            handle.write(str(value))
+
+    def run(self, command, env):
+        if self.folder:
+            command = ["sh", "-c", f'echo $$ > {self.folder}/cgroup.procs && exec "$@"', "sh", *command]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    def remove(self):
+        if self.folder:
+            os.rmdir(self.folder)
+
+
+def failure(done):
+    return {"error": "killed, out of memory" if done.returncode == -9 else done.stderr[-500:]}
+
+
+def run_mode(mode, model, inputs, threads, work, limit):
     out = os.path.join(work, mode + ".safetensors")
     env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     if mode.startswith("py_"):
@@ -56,22 +95,23 @@ def run_mode(mode, model, inputs, threads, work):
                    "--output", out, "--threads", str(threads), "--repeat", str(args.repeat)]
         if mode != "py_resident":
             command.append("--cold")
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if limit.folder:
+            command.append("--mmap")
+        done = limit.run(command, env)
         if done.returncode:
-            return {"error": done.stderr[-500:]}
+            return failure(done)
         return json.loads(done.stdout.strip().splitlines()[-1])
     if mode == "limit":
-        done = subprocess.run([args.limit, model, inputs, "512MiB", str(threads), "5", "3"], env=env,
-                              capture_output=True, text=True)
-        return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-500:]}
+        done = limit.run([args.limit, model, inputs, "512MiB", str(threads), "5", "3"], env)
+        return json.loads(done.stdout) if done.returncode == 0 else failure(done)
     stats = os.path.join(work, "stats.json")
     command = [args.ferry, "forward", model, "--inputs", inputs, "--output", out, "--threads", str(threads),
                "--repeat", str(args.repeat), "--stats", stats]
     if mode != "ferry":
         command += ["--weights-memory", mode.split("_")[1] + "MiB", "--cold"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = limit.run(command, env)
     if done.returncode:
-        return {"error": done.stderr[-500:]}
+        return failure(done)
     with open(stats) as handle:
         return json.load(handle)
 
@@ -80,6 +120,7 @@ def main():
     work = tempfile.mkdtemp(prefix="ferry-bench.", dir=os.environ.get("TMPDIR", "/tmp"))
     model = args.model or os.path.join(work, "flux-2gb")
     results = []
+    limit = MemoryLimit(args.memory_limit)
     try:
         if not args.model:
             subprocess.run([args.ferry, "random", "FluxTransformer2DModel", "--config", "flux-2gb", "--dtype", "bf16",
@@ -94,7 +135,7 @@ def main():
                     for mode in args.modes:
                         if mode == "limit" and index > 0:
                             continue
-                        figures[mode].append(run_mode(mode, model, inputs, threads, work))
+                        figures[mode].append(run_mode(mode, model, inputs, threads, work, limit))
                         print(f"  round {index + 1} {tokens} t{threads} {mode}: {json.dumps(figures[mode][-1])[:300]}",
                               file=sys.stderr)
                 row = {"tokens": tokens, "threads": threads, "modes": {}}
@@ -123,6 +164,7 @@ def main():
                 print_row(row)
     finally:
         subprocess.run(["rm", "-rf", work])
+        limit.remove()
     if args.json:
         with open(args.json, "w") as handle:
             json.dump(results, handle, indent=1)
