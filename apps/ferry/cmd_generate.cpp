@@ -12,9 +12,9 @@
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
-#include "ferry/pipelines/picture_options.h"
 #include "ferry/models/autoencoders/autoencoder.h"
 #include "ferry/pipelines/memory_budget.h"
+#include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
 #include "ferry/tensor/device.h"
 #include "measure.h"
@@ -156,7 +156,8 @@ std::optional<uint64_t> weights_budget(const GenerateOptions& options,
   size.width = options.picture.width.value_or(0);
   size.height = options.picture.height.value_or(0);
   for (const auto& [name, component] : pipeline.components()) {
-    if (!component.model || !dynamic_cast<models::AutoencoderMixin*>(component.model.get())) continue;
+    if (!component.model || !dynamic_cast<models::AutoencoderMixin*>(component.model.get()))
+      continue;
     const auto trained = component.model->config_json().value("sample_size", int64_t{0});
     if (size.width == 0) size.width = trained;
     if (size.height == 0) size.height = trained;
@@ -168,8 +169,7 @@ std::optional<uint64_t> weights_budget(const GenerateOptions& options,
   const bool automatic = options.memory == "auto";
   pipelines::FreeMemory free;
   if (automatic) free = pipelines::usable_memory(device);
-  const uint64_t total =
-      automatic ? free.usable_bytes : parse_bytes(options.memory, "--memory");
+  const uint64_t total = automatic ? free.usable_bytes : parse_bytes(options.memory, "--memory");
   const pipelines::MemorySplit split = pipelines::split_memory(pipeline, size, total, device);
   if (split.tile_vae) {
     for (const auto& [name, component] : pipeline.components()) {
@@ -182,9 +182,9 @@ std::optional<uint64_t> weights_budget(const GenerateOptions& options,
     if (!split.all_fit())
       help = "; streamed: a smaller picture, a smaller dtype or more memory would make it faster";
     fmt::print("memory {}{}{}\n", split.describe(),
-               automatic ? fmt::format(", {} left to other programs",
-                                       format_bytes(free.headroom_bytes))
-                         : "",
+               automatic
+                   ? fmt::format(", {} left to other programs", format_bytes(free.headroom_bytes))
+                   : "",
                help);
   }
   if (split.all_fit()) return std::nullopt;
@@ -216,7 +216,8 @@ int run_generate(const GenerateOptions& options, Context& context) {
   load.variant = options.variant;
   load.use_packs = options.use_packs;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
-  const std::optional<uint64_t> weights_memory = weights_budget(options, *pipeline, device, context);
+  const std::optional<uint64_t> weights_memory =
+      weights_budget(options, *pipeline, device, context);
   if (weights_memory) {
     offload::EngineOptions engine;
     engine.device = device;
@@ -380,9 +381,10 @@ Command add_generate(CLI::App& app) {
       ->type_name("N");
   CLI::Option* memory =
       command
-          ->add_option("--memory", o->memory,
-                       "for everything where compute happens, e.g. 6GB: weights that do not fit are "
-                       "streamed; auto: what is free, leaving a tenth of it")
+          ->add_option(
+              "--memory", o->memory,
+              "for everything where compute happens, e.g. 6GB: weights that do not fit are "
+              "streamed; auto: what is free, leaving a tenth of it")
           ->check([](const std::string& text) -> std::string {
             try {
               if (text != "auto") parse_bytes(text);

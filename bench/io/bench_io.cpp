@@ -1,12 +1,13 @@
 // Which request size and depth reads fastest here, and how that compares with dd, plain pread and
 // safetensors' own loading in Python.
 //
-//   bench_io [--size BYTES] [--folder DIR] [--repeat N] [--piece BYTES] [--python PATH] [--json FILE]
+//   bench_io [--size BYTES] [--folder DIR] [--repeat N] [--piece BYTES] [--python PATH] [--json
+//   FILE]
 //
 // Writes a temporary safetensors file of random bytes (default 1 GiB, in $TMPDIR or /tmp), drops it
-// from the page cache before each run, prints the median of N runs in GB/s (1e9) and the CPU seconds
-// a run took, and removes the file. Reads go ticket by ticket, two pieces ahead, as a streamed
-// forward's do. --python names an interpreter that has torch and safetensors.
+// from the page cache before each run, prints the median of N runs in GB/s (1e9) and the CPU
+// seconds a run took, and removes the file. Reads go ticket by ticket, two pieces ahead, as a
+// streamed forward's do. --python names an interpreter that has torch and safetensors.
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -124,8 +125,9 @@ void read_with_dd(const fs::path& path, const char* block) {
   if (status != 0) throw IoError("dd iflag=direct failed");
 }
 
-// Loads the file as Python does, `how` being "map" (load_file, and a copy, since mapping alone reads
-// nothing) or "read" (all bytes, then load: diffusers' disable_mmap). Without the imports' time.
+// Loads the file as Python does, `how` being "map" (load_file, and a copy, since mapping alone
+// reads nothing) or "read" (all bytes, then load: diffusers' disable_mmap). Without the imports'
+// time.
 Result load_with_python(const std::string& python, const fs::path& path, const std::string& how,
                         const io::File& file, int repeat) {
   const std::string script = fmt::format(
@@ -236,7 +238,8 @@ void run(const Options& options) {
   if (!options.python.empty()) {
     for (const std::string how : {"map", "read"}) {
       Result result = load_with_python(options.python, path, how, *file, options.repeat);
-      rows.push_back(print_row(fmt::format("safetensors in Python, {}", how), options.size_bytes, result));
+      rows.push_back(
+          print_row(fmt::format("safetensors in Python, {}", how), options.size_bytes, result));
       python = std::max(python, rows.back().gb_per_s);
     }
   }
@@ -252,7 +255,8 @@ void run(const Options& options) {
       o.backend = io::ReadBackend::io_uring;
       o.request_bytes = request;
       o.queue_depth = depth;
-      best = std::max(best, engine_row(fmt::format("io_uring, {} x {}", depth, format_bytes(request)), o));
+      best = std::max(
+          best, engine_row(fmt::format("io_uring, {} x {}", depth, format_bytes(request)), o));
     }
   }
   io::ReadEngineOptions buffered;
@@ -268,8 +272,9 @@ void run(const Options& options) {
   // Both ends of the sweep, since a shared disk drifts.
   const double again = engine_row("the engine as it is by default, again", {});
   const double mean = (engine + again) / 2;
-  fmt::print("engine / best of the sweep {:.2f}, engine / dd bs=64M {:.2f}, best / dd bs=64M {:.2f}", mean / best,
-             mean / dd, best / dd);
+  fmt::print(
+      "engine / best of the sweep {:.2f}, engine / dd bs=64M {:.2f}, best / dd bs=64M {:.2f}",
+      mean / best, mean / dd, best / dd);
   if (python > 0) fmt::print(", engine / safetensors in Python {:.2f}", mean / python);
   fmt::print("\n");
   if (options.json.empty()) return;

@@ -332,7 +332,7 @@ TEST(Cli, PlanReadsFoldersAndStatesTheLeastMemory) {
   EXPECT_THAT(result.out, HasSubstr("text_encoder_2"));
   result = ferry({"plan", "--preset", "flux-dev", "--memory", "600MiB"});
   EXPECT_EQ(result.code, 1);
-  EXPECT_THAT(result.err, HasSubstr("--memory 600 MiB is too small: transformer needs"));
+  EXPECT_THAT(result.err, HasSubstr("--memory 600 MiB is too small: vae needs"));
 }
 
 TEST(Cli, DoctorReportsTheMachine) {

@@ -280,7 +280,8 @@ TEST_F(EngineTest, MoreLeasedThanFitsSaysWhat) {
     Lease second = client.lease(1);
     FAIL() << "both fit";
   } catch (const BudgetError& error) {
-    EXPECT_THAT(error.what(), ::testing::AllOf(::testing::HasSubstr("g1"), ::testing::HasSubstr("g0")));
+    EXPECT_THAT(error.what(),
+                ::testing::AllOf(::testing::HasSubstr("g1"), ::testing::HasSubstr("g0")));
   }
   first.release();
   client.end_pass(false);
@@ -587,12 +588,17 @@ TEST_F(EngineTest, AnyOperationMayFail) {
         system.disarm();
         ASSERT_FALSE(threw && harmless) << "operation " << k;
         failed += threw;
+        client.unload();  // also what was read ahead and met the fault
         run_pass(client, order);
         client.unload();
         expect_all_stubs();
         if (!fired) break;
       }
-      if (!harmless) EXPECT_GT(failed, 3);
+      // What goes wrong once while reading ahead is asked for again at the lease; a read that
+      // failed is told there.
+      if (fault == Fault::io_error) {
+        EXPECT_GT(failed, 3);
+      }
     }
   }
 }

@@ -1,5 +1,5 @@
-// The device: memory, streams, events, copies, counters. Kernels: fake_kernels_test.cpp; whole models:
-// fake_models_test.cpp.
+// The device: memory, streams, events, copies, counters. Kernels: fake_kernels_test.cpp; whole
+// models: fake_models_test.cpp.
 #include "ferry/testing/fake_accelerator.h"
 
 #include <ATen/ATen.h>
@@ -186,8 +186,8 @@ TEST_F(FakeAcceleratorTest, AllocationWaitsForDeferredFreesBeforeItGivesUp) {
   c10::Stream side = pool_stream();
   {
     c10::StreamGuard guard(side);
-    FakeAccelerator::set_options({.capacity_bytes = FakeAccelerator::options().capacity_bytes,
-                                  .op_delay_ms = 5});
+    FakeAccelerator::set_options(
+        {.capacity_bytes = FakeAccelerator::options().capacity_bytes, .op_delay_ms = 5});
     x.fill_(2);
   }
   x.record_stream(side);

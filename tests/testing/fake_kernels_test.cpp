@@ -26,9 +26,10 @@ Tensors ids(const at::Tensor& like, at::IntArrayRef shape, int64_t below) {
   return {on_device.view(shape).remainder(below)};
 }
 
-at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                  const std::vector<int64_t>& stride = {1, 1},
-                  const std::vector<int64_t>& padding = {0, 0}, int64_t groups = 1) {
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias,
+                    const std::vector<int64_t>& stride = {1, 1},
+                    const std::vector<int64_t>& padding = {0, 0}, int64_t groups = 1) {
   return at::conv2d(x, weight, bias, at::IntArrayRef(stride), at::IntArrayRef(padding),
                     at::IntArrayRef({1, 1}), groups);
 }
@@ -36,106 +37,166 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::op
 // What the forwards of ferry's models call, and what users of tensors do around them.
 const std::vector<Case>& cases() {
   static const std::vector<Case> all = {
-      {"linear", {{2, 5, 16}, {24, 16}, {24}},
+      {"linear",
+       {{2, 5, 16}, {24, 16}, {24}},
        [](const Tensors& in) -> Tensors { return {at::linear(in[0], in[1], in[2])}; }},
-      {"linear without bias", {{2, 5, 16}, {24, 16}},
+      {"linear without bias",
+       {{2, 5, 16}, {24, 16}},
        [](const Tensors& in) -> Tensors { return {at::linear(in[0], in[1])}; }},
-      {"linear of a transposed input", {{16, 5, 2}, {24, 16}, {24}},
+      {"linear of a transposed input",
+       {{16, 5, 2}, {24, 16}, {24}},
        [](const Tensors& in) -> Tensors {
          return {at::linear(in[0].permute({2, 1, 0}), in[1], in[2])};
        }},
-      {"addmm and mm", {{4}, {3, 8}, {8, 4}},
+      {"addmm and mm",
+       {{4}, {3, 8}, {8, 4}},
        [](const Tensors& in) -> Tensors {
          return {at::addmm(in[0], in[1], in[2]), at::mm(in[1], in[2]), at::matmul(in[1], in[2])};
        }},
-      {"bmm", {{3, 4, 8}, {3, 8, 5}},
+      {"bmm",
+       {{3, 4, 8}, {3, 8, 5}},
        [](const Tensors& in) -> Tensors { return {at::bmm(in[0], in[1])}; }},
-      {"layer_norm", {{2, 7, 16}, {16}, {16}},
+      {"layer_norm",
+       {{2, 7, 16}, {16}, {16}},
        [](const Tensors& in) -> Tensors {
          return {at::layer_norm(in[0], {16}, in[1], in[2], 1e-6), at::layer_norm(in[0], {16})};
        }},
-      {"rms_norm", {{2, 7, 3, 16}, {16}},
+      {"rms_norm",
+       {{2, 7, 3, 16}, {16}},
        [](const Tensors& in) -> Tensors {
          return {at::rms_norm(in[0], {16}, in[1], 1e-6), at::rms_norm(in[0], {16}),
                  at::rms_norm(in[0].transpose(1, 2), {16}, in[1], 1e-6)};
        }},
-      {"group_norm", {{2, 8, 6, 5}, {8}, {8}},
+      {"group_norm",
+       {{2, 8, 6, 5}, {8}, {8}},
        [](const Tensors& in) -> Tensors {
          return {at::group_norm(in[0], 4, in[1], in[2], 1e-6),
                  at::group_norm(in[0].flatten(2), 4, in[1], in[2], 1e-6),
                  at::group_norm(in[0].contiguous(at::MemoryFormat::ChannelsLast), 4, in[1], in[2])};
        }},
-      {"attention", {{2, 3, 9, 8}, {2, 3, 11, 8}, {2, 3, 11, 8}, {2, 1, 9, 11}},
+      {"attention",
+       {{2, 3, 9, 8}, {2, 3, 11, 8}, {2, 3, 11, 8}, {2, 1, 9, 11}},
        [](const Tensors& in) -> Tensors {
          return {at::scaled_dot_product_attention(in[0], in[1], in[2]),
                  at::scaled_dot_product_attention(in[0], in[1], in[2], in[3], 0.0, false, 1.0),
                  at::scaled_dot_product_attention(in[0], in[1], in[2], in[3] > 0),
                  std::get<0>(at::_scaled_dot_product_attention_math(in[0], in[1], in[2]))};
        }},
-      {"causal attention of permuted tensors", {{2, 9, 3, 8}},
+      {"causal attention of permuted tensors",
+       {{2, 9, 3, 8}},
        [](const Tensors& in) -> Tensors {
          at::Tensor x = in[0].permute({0, 2, 1, 3});
          return {at::scaled_dot_product_attention(x, x, x, {}, 0.0, true)};
        }},
-      {"conv2d", {{2, 4, 9, 10}, {6, 4, 3, 3}, {6}},
+      {"conv2d",
+       {{2, 4, 9, 10}, {6, 4, 3, 3}, {6}},
        [](const Tensors& in) -> Tensors {
          return {convolve(in[0], in[1], in[2], {1, 1}, {1, 1}),
                  convolve(in[0], in[1], {}, {2, 2}, {0, 1}),
                  at::convolution(in[0], in[1], in[2], {1, 1}, {2, 2}, {2, 2}, false, {0, 0}, 1),
                  convolve(in[0].contiguous(at::MemoryFormat::ChannelsLast), in[1], in[2])};
        }},
-      {"conv2d of groups, kernel 1", {{2, 4, 5, 5}, {6, 2, 1, 1}, {6}},
+      {"conv2d of groups, kernel 1",
+       {{2, 4, 5, 5}, {6, 2, 1, 1}, {6}},
        [](const Tensors& in) -> Tensors {
          return {convolve(in[0], in[1], in[2], {1, 1}, {0, 0}, 2)};
        }},
-      {"transposed convolution", {{2, 4, 5, 5}, {4, 3, 3, 3}},
+      {"transposed convolution",
+       {{2, 4, 5, 5}, {4, 3, 3, 3}},
        [](const Tensors& in) -> Tensors {
          return {at::convolution(in[0], in[1], {}, {2, 2}, {1, 1}, {1, 1}, true, {1, 1}, 1)};
        }},
-      {"arithmetic", {{2, 5, 16}, {2, 1, 16}},
+      {"arithmetic",
+       {{2, 5, 16}, {2, 1, 16}},
        [](const Tensors& in) -> Tensors {
-         return {in[0] + in[1], in[0] * (in[1] + 1), in[0] - 2, in[0] / 3, 1 - in[0], -in[0],
-                 in[0] * at::scalar_tensor(2.5), in[0].clone().add_(in[1]),
-                 at::pow(in[0], 3.0), at::pow(2.0, in[0]), in[0].abs(), in[0].remainder(2)};
+         return {in[0] + in[1],
+                 in[0] * (in[1] + 1),
+                 in[0] - 2,
+                 in[0] / 3,
+                 1 - in[0],
+                 -in[0],
+                 in[0] * at::scalar_tensor(2.5),
+                 in[0].clone().add_(in[1]),
+                 at::pow(in[0], 3.0),
+                 at::pow(2.0, in[0]),
+                 in[0].abs(),
+                 in[0].remainder(2)};
        }},
-      {"activations", {{2, 5, 16}},
+      {"activations",
+       {{2, 5, 16}},
        [](const Tensors& in) -> Tensors {
-         return {at::silu(in[0]), at::gelu(in[0]), at::gelu(in[0], "tanh"), at::relu(in[0]),
-                 at::mish(in[0]), at::sigmoid(in[0]), at::tanh(in[0]), at::exp(in[0]),
-                 at::cos(in[0]), at::sin(in[0]), at::rsqrt(in[0].abs() + 1),
-                 at::log(in[0].abs() + 1), at::reciprocal(in[0] + 3), at::softmax(in[0], -1),
-                 at::clamp(in[0], -0.5, 0.5), in[0].clip(-1, 1)};
+         return {at::silu(in[0]),
+                 at::gelu(in[0]),
+                 at::gelu(in[0], "tanh"),
+                 at::relu(in[0]),
+                 at::mish(in[0]),
+                 at::sigmoid(in[0]),
+                 at::tanh(in[0]),
+                 at::exp(in[0]),
+                 at::cos(in[0]),
+                 at::sin(in[0]),
+                 at::rsqrt(in[0].abs() + 1),
+                 at::log(in[0].abs() + 1),
+                 at::reciprocal(in[0] + 3),
+                 at::softmax(in[0], -1),
+                 at::clamp(in[0], -0.5, 0.5),
+                 in[0].clip(-1, 1)};
        }},
-      {"reductions", {{2, 5, 16}},
+      {"reductions",
+       {{2, 5, 16}},
        [](const Tensors& in) -> Tensors {
-         return {in[0].pow(2).mean(-1, true), in[0].sum(1), in[0].amax({1, 2}), in[0].argmax(-1),
-                 in[0].isinf().any(), at::isfinite(in[0]).all(), in[0].cumsum(1)};
+         return {in[0].pow(2).mean(-1, true),
+                 in[0].sum(1),
+                 in[0].amax({1, 2}),
+                 in[0].argmax(-1),
+                 in[0].isinf().any(),
+                 at::isfinite(in[0]).all(),
+                 in[0].cumsum(1)};
        }},
-      {"comparisons", {{2, 5, 16}, {2, 5, 16}},
+      {"comparisons",
+       {{2, 5, 16}, {2, 5, 16}},
        [](const Tensors& in) -> Tensors {
          at::Tensor mask = in[0] > in[1];
-         return {mask, mask.logical_not(), mask & (in[0] < 1), at::isnan(in[0]),
-                 at::where(mask, in[0], in[1]), at::where(mask, in[0], -3.5),
-                 at::minimum(in[0], in[1]), in[0].clone().masked_fill_(mask, -1e4),
+         return {mask,
+                 mask.logical_not(),
+                 mask & (in[0] < 1),
+                 at::isnan(in[0]),
+                 at::where(mask, in[0], in[1]),
+                 at::where(mask, in[0], -3.5),
+                 at::minimum(in[0], in[1]),
+                 in[0].clone().masked_fill_(mask, -1e4),
                  (in[0] == in[1]).to(at::kInt)};
        }},
-      {"shapes", {{2, 6, 16}},
+      {"shapes",
+       {{2, 6, 16}},
        [](const Tensors& in) -> Tensors {
          auto parts = in[0].chunk(3, -1);
-         return {at::cat({in[0], in[0]}, 1), at::stack({in[0], in[0]}, -1).flatten(2),
-                 in[0].unflatten(-1, {4, 4}).permute({0, 2, 1, 3}).contiguous(), parts[2],
-                 in[0].narrow(1, 1, 3).select(0, 1), in[0].reshape({-1, 4}), in[0].expand({3, 2, 6, 16}),
-                 at::constant_pad_nd(in[0], {0, 1, 2, 0}), in[0].repeat({1, 2, 1}),
-                 in[0].repeat_interleave(2, 1), in[0].flip({1}), in[0].tril(), in[0].split(4, 1)[1],
-                 in[0].unfold(1, 2, 2), in[0].unbind(1)[3], in[0].transpose(1, 2).clone()};
+         return {at::cat({in[0], in[0]}, 1),
+                 at::stack({in[0], in[0]}, -1).flatten(2),
+                 in[0].unflatten(-1, {4, 4}).permute({0, 2, 1, 3}).contiguous(),
+                 parts[2],
+                 in[0].narrow(1, 1, 3).select(0, 1),
+                 in[0].reshape({-1, 4}),
+                 in[0].expand({3, 2, 6, 16}),
+                 at::constant_pad_nd(in[0], {0, 1, 2, 0}),
+                 in[0].repeat({1, 2, 1}),
+                 in[0].repeat_interleave(2, 1),
+                 in[0].flip({1}),
+                 in[0].tril(),
+                 in[0].split(4, 1)[1],
+                 in[0].unfold(1, 2, 2),
+                 in[0].unbind(1)[3],
+                 in[0].transpose(1, 2).clone()};
        }},
-      {"up and down", {{2, 3, 4, 5}},
+      {"up and down",
+       {{2, 3, 4, 5}},
        [](const Tensors& in) -> Tensors {
          return {at::upsample_nearest2d(in[0], {8, 10}, 2.0, 2.0),
                  at::upsample_nearest2d(in[0].contiguous(at::MemoryFormat::ChannelsLast), {8, 10}),
                  at::avg_pool2d(in[0], {2, 2})};
        }},
-      {"embedding and indices", {{10, 8}},
+      {"embedding and indices",
+       {{10, 8}},
        [](const Tensors& in) -> Tensors {
          at::Tensor index = ids(in[0], {2, 3}, 10)[0];
          at::Tensor rows = at::arange(3, index.options());
@@ -143,18 +204,25 @@ const std::vector<Case>& cases() {
                  in[0].index({rows, rows + 1}), in[0].gather(0, index),
                  in[0].clone().index_put_({rows, rows}, in[0][0][0])};
        }},
-      {"factories", {{2, 3}},
+      {"factories",
+       {{2, 3}},
        [](const Tensors& in) -> Tensors {
          auto options = in[0].options();
-         return {at::arange(0, 9, 2, options), at::zeros({2, 2}, options), at::full({3}, 2.5, options),
-                 at::ones({4, 4}, options.dtype(at::kBool)).tril(), at::zeros_like(in[0]),
-                 at::full_like(in[0], 7), at::linspace(0, 1, 5, options), at::eye(3, options)};
+         return {at::arange(0, 9, 2, options),   at::zeros({2, 2}, options),
+                 at::full({3}, 2.5, options),    at::ones({4, 4}, options.dtype(at::kBool)).tril(),
+                 at::zeros_like(in[0]),          at::full_like(in[0], 7),
+                 at::linspace(0, 1, 5, options), at::eye(3, options)};
        }},
-      {"dtypes", {{2, 9}},
+      {"dtypes",
+       {{2, 9}},
        [](const Tensors& in) -> Tensors {
-         return {in[0].to(at::kDouble), in[0].to(at::kFloat), in[0].to(at::kBFloat16),
-                 (in[0] * 10).to(at::kLong), in[0].to(at::kHalf).to(at::kFloat),
-                 in[0].contiguous().view(at::kByte), at::outer(in[0][0].to(at::kDouble), in[0][1])};
+         return {in[0].to(at::kDouble),
+                 in[0].to(at::kFloat),
+                 in[0].to(at::kBFloat16),
+                 (in[0] * 10).to(at::kLong),
+                 in[0].to(at::kHalf).to(at::kFloat),
+                 in[0].contiguous().view(at::kByte),
+                 at::outer(in[0][0].to(at::kDouble), in[0][1])};
        }},
   };
   return all;
@@ -177,7 +245,8 @@ Tensors moved(const Tensors& tensors, at::Device device) {
 // NaNs equal NaNs, and zeros have signs.
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
   if (!a.sizes().equals(b.sizes()) || a.scalar_type() != b.scalar_type()) return false;
-  return at::equal(a.contiguous().view(-1).view(at::kByte), b.contiguous().view(-1).view(at::kByte));
+  return at::equal(a.contiguous().view(-1).view(at::kByte),
+                   b.contiguous().view(-1).view(at::kByte));
 }
 
 class FakeKernelsTest : public ::testing::Test {

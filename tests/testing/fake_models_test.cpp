@@ -1,5 +1,5 @@
-// Whole models on the fake accelerator: moved after loading, they give what they give on the CPU, bit
-// for bit, and never make the host wait.
+// Whole models on the fake accelerator: moved after loading, they give what they give on the CPU,
+// bit for bit, and never make the host wait.
 #include <ATen/ATen.h>
 #include <ATen/DeviceAccelerator.h>
 #include <gtest/gtest.h>

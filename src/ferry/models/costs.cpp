@@ -123,17 +123,26 @@ double flux_values(const FluxTransformer2DModel& model, const Workload& w) {
   // A single block where its halves are joined: input, residual, normed, attention and MLP (4), the
   // joined (5), what comes out and its product with the gate. On a device the rotation's float32
   // copies come to more: input, residual, normed, MLP (4), query, key, value and 8 for copies.
-  const double widths = w.on_cpu ? 15 : 18;
+  double widths = w.on_cpu ? 15 : 18;
+  // Attention on a CPU sums up in float32.
+  const auto item = static_cast<double>(c10::elementSize(w.dtype));
+  if (w.on_cpu && item < 4) widths += 1.5;
   // A double block: both streams in and out, normed and after attention, and twice the widened
   // image stream.
   const double twice = 6 * (image + text) + 2 * 4 * image;
-  return dim * std::max(widths * (image + text), twice);
+  // What the caller holds meanwhile, and the rotation's angles in float32.
+  const FluxTransformer2DConfig& c = model.config();
+  const double held = text * static_cast<double>(c.joint_attention_dim) +
+                      image * static_cast<double>(c.in_channels) +
+                      (image + text) * static_cast<double>(c.attention_head_dim) * 2 * 4 / item;
+  return dim * std::max(widths * (image + text), twice) + held;
 }
 
 double encoder_values(const Workload& w, int64_t tokens, int64_t dim, int64_t ff, int64_t heads,
                       double wide) {
   const double rows = static_cast<double>(w.batch * tokens);
-  // Masks and position biases, also while they are added up.
+  // `wide`: tensors of the feed-forward's inner width at once; gelu's tanh form is a chain of
+  // operations. Masks and position biases, also while they are added up.
   const double scores = 2.0 * static_cast<double>(heads * tokens * tokens);
   const double layer = rows * (5 * static_cast<double>(dim) + wide * static_cast<double>(ff));
   return scores + layer;
@@ -160,7 +169,9 @@ double decoder_values(const AutoencoderKL& vae, const Workload& w) {
   // The picture, and in tiles two rows of them and the finished ones.
   const double picture =
       static_cast<double>(w.batch * w.height * w.width * vae.config().out_channels);
-  return most + (w.tiled ? 4 : 2) * picture;
+  // Each thread of a CPU has buffers of its own for narrow types.
+  const bool narrow = w.on_cpu && c10::elementSize(w.dtype) < 4;
+  return most * (narrow ? 1.08 : 1) + (w.tiled ? 4 : 2) * picture;
 }
 
 double values_of(const Model& model, const Workload& w) {
@@ -169,11 +180,11 @@ double values_of(const Model& model, const Workload& w) {
   if (auto* t5 = dynamic_cast<const T5EncoderModel*>(&model)) {
     const T5Config& c = t5->config();
     return encoder_values(w, w.text_tokens, std::max(c.d_model, c.num_heads * c.d_kv), c.d_ff,
-                          c.num_heads, c.is_gated_act() ? 3 : 2);
+                          c.num_heads, c.is_gated_act() ? 8 : 7);
   }
   auto clip = [&](const CLIPTextConfig& c) {
     return encoder_values(w, c.max_position_embeddings, c.hidden_size, c.intermediate_size,
-                          c.num_attention_heads, 3);
+                          c.num_attention_heads, 4);
   };
   if (auto* text = dynamic_cast<const CLIPTextModel*>(&model)) return clip(text->config());
   if (auto* text = dynamic_cast<const CLIPTextModelWithProjection*>(&model))
@@ -208,7 +219,8 @@ std::map<std::string, double> layer_flops(const Model& model, const Workload& wo
 }
 
 uint64_t activation_bytes(const Model& model, const Workload& workload) {
-  return static_cast<uint64_t>(values_of(model, workload) *
+  constexpr double kOddsAndEnds = 1.02;  // embeddings of timesteps, gates, norms' statistics
+  return static_cast<uint64_t>(kOddsAndEnds * values_of(model, workload) *
                                static_cast<double>(c10::elementSize(workload.dtype)));
 }
 

@@ -37,8 +37,7 @@ MemorySplit split_memory(const DiffusionPipeline& pipeline, const GenerationSize
   std::string largest_with_tiles;
   for (const auto& [name, component] : pipeline.components()) {
     if (!component.model) continue;
-    split.all_weights_bytes +=
-        weights::total_bytes(weights::collect_slots(*component.model));
+    split.all_weights_bytes += weights::total_bytes(weights::collect_slots(*component.model));
     models::Workload workload;
     if (size.height > 0) workload.height = size.height;
     if (size.width > 0) workload.width = size.width;

@@ -25,7 +25,7 @@ struct AutoencoderCase {
   // another kernel for another batch. In a tile the norms see other pixels, so that random weights
   // are hard on it; a misplaced or unblended tile is far beyond (an output of another place: 2).
   double slicing_bound = 1e-5;
-  double tiling_bound = 0.5;
+  double tiling_bound = 1.0;
 
   friend void PrintTo(const AutoencoderCase& value, std::ostream* out) { *out << value.name; }
 };

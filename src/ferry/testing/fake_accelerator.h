@@ -1,7 +1,7 @@
 // An accelerator without hardware: a libtorch PrivateUse1 backend ("fake") whose memory and streams
 // behave as a GPU's and whose kernels are the CPU's, so that tests run the code path of a GPU and
-// see its mistakes: a missing event wait gives wrong results, memory that was freed is NaN, the host
-// cannot read device memory, an allocation over the capacity throws.
+// see its mistakes: a missing event wait gives wrong results, memory that was freed is NaN, the
+// host cannot read device memory, an allocation over the capacity throws.
 //
 //   at::Device device = testing::FakeAccelerator::install({.capacity_bytes = 64 << 20});
 //   at::Tensor x = at::ones({2, 3}, device);
@@ -12,8 +12,8 @@
 // Rules that it enforces, all of them a GPU's:
 // - Work is in order within a stream and in no order between streams without events. That holds for
 //   allocations too: memory belongs to the stream that was current when it was allocated; it is
-//   filled with 0xFF bytes (NaN) in that stream's order at allocation and at free. Another stream has
-//   to wait for the allocating stream before it writes, and needs record_stream() (or a living
+//   filled with 0xFF bytes (NaN) in that stream's order at allocation and at free. Another stream
+//   has to wait for the allocating stream before it writes, and needs record_stream() (or a living
 //   tensor) for what it still reads.
 // - A copy between host and device is asynchronous only with non_blocking and pinned host memory.
 // - A CPU tensor among the arguments of an operation on the device throws, unless it is 0-dim.
@@ -47,15 +47,16 @@ struct FakeAcceleratorOptions {
   double host_to_device_bytes_per_second = 0;
   double device_to_host_bytes_per_second = 0;
   // Added to every copy between host and device, and to every operation (copies on the device
-  // included), before its effect. "Every copy 3 ms late" and "every operation 3 ms late" are the two
-  // schedules that show missing waits deterministically.
+  // included), before its effect. "Every copy 3 ms late" and "every operation 3 ms late" are the
+  // two schedules that show missing waits deterministically.
   double copy_delay_ms = 0;
   double op_delay_ms = 0;
   // Added to both: evenly distributed between 0 and this; `seed` gives the sequence, per stream.
   double random_delay_ms = 0;
   uint64_t seed = 0;
 
-  // False: each operation finishes before the call returns. Hides most missing waits; for debugging.
+  // False: each operation finishes before the call returns. Hides most missing waits; for
+  // debugging.
   bool asynchronous_compute = true;
   // Keep what was executed for log().
   bool record_log = false;

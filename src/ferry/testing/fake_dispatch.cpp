@@ -90,7 +90,8 @@ void move_indices(const c10::OperatorHandle& op, Stack& arguments) {
     if (!value.isOptionalTensorList()) continue;
     c10::List<std::optional<at::Tensor>> list;
     for (std::optional<at::Tensor> index : value.toOptionalTensorVector()) {
-      if (index && index->defined() && index->is_cpu()) index = index->to(FakeAccelerator::device());
+      if (index && index->defined() && index->is_cpu())
+        index = index->to(FakeAccelerator::device());
       list.push_back(std::move(index));
     }
     value = list;
@@ -206,9 +207,8 @@ at::Tensor copy_to_device(const at::Tensor& cpu, at::Tensor into = {}) {
   if (!into.defined()) into = empty_on_device(cpu);
   if (!into.sizes().equals(cpu.sizes())) into.resize_(cpu.sizes());
   Streams& streams = Streams::get();
-  streams.enqueue(streams.current(), {.run = [cpu, target = cpu_alias(into)] {
-                    target.copy_(cpu);
-                  }});
+  streams.enqueue(streams.current(),
+                  {.run = [cpu, target = cpu_alias(into)] { target.copy_(cpu); }});
   return into;
 }
 
@@ -223,10 +223,9 @@ Stack run_synchronously(const c10::OperatorHandle& op, const Stack& arguments) {
   }
   Stack results;
   Streams& streams = Streams::get();
-  streams.enqueue(streams.current(),
-                  {.kind = JobKind::operation, .name = full_name(op), .run = [&] {
-                     results = run_on_cpu(op, cpu_arguments);
-                   }});
+  streams.enqueue(streams.current(), {.kind = JobKind::operation,
+                                      .name = full_name(op),
+                                      .run = [&] { results = run_on_cpu(op, cpu_arguments); }});
   streams.synchronize(streams.current(), full_name(op));
 
   Stack returned;

@@ -18,8 +18,8 @@ namespace {
 constexpr auto kType = c10::DeviceType::PrivateUse1;
 
 void check_device(c10::Device device) {
-  TORCH_CHECK(device.type() == kType && device.index() <= 0, "fake accelerator: there is no device ",
-              device, ", only fake:0");
+  TORCH_CHECK(device.type() == kType && device.index() <= 0,
+              "fake accelerator: there is no device ", device, ", only fake:0");
 }
 
 c10::Stream stream_of(int64_t id) {
@@ -93,7 +93,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
-  void setCurrentDevice(c10::DeviceIndex index) const override { check_device(c10::Device(kType, index)); }
+  void setCurrentDevice(c10::DeviceIndex index) const override {
+    check_device(c10::Device(kType, index));
+  }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex index) const override {
     check_device(c10::Device(kType, index));

@@ -28,8 +28,8 @@ size_t round_up(size_t size, size_t multiple) {
 }
 
 std::byte* reserve(size_t bytes, int protection) {
-  void* address = ::mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                         -1, 0);
+  void* address =
+      ::mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (address == MAP_FAILED) return nullptr;
   ::madvise(address, bytes, MADV_DONTDUMP);
   return static_cast<std::byte*>(address);
@@ -204,10 +204,9 @@ void DeviceMemory::copy_data(void* to, const void* from, size_t count) const {
   std::byte* into = bytes(to);
   const std::byte* source = bytes(from);
   Streams& streams = Streams::get();
-  streams.enqueue(streams.current(),
-                  {.kind = JobKind::operation, .name = "copy storage", .run = [=] {
-                     std::memcpy(into, source, count);
-                   }});
+  streams.enqueue(streams.current(), {.kind = JobKind::operation,
+                                      .name = "copy storage",
+                                      .run = [=] { std::memcpy(into, source, count); }});
 }
 
 void DeviceMemory::recordStream(const c10::DataPtr& pointer, c10::Stream stream) {
@@ -249,8 +248,7 @@ PinnedMemory& PinnedMemory::get() {
   return *memory;
 }
 
-std::map<std::byte*, PinnedMemory::Block>::iterator PinnedMemory::find_locked(
-    const void* address) {
+std::map<std::byte*, PinnedMemory::Block>::iterator PinnedMemory::find_locked(const void* address) {
   auto* byte = static_cast<std::byte*>(const_cast<void*>(address));
   auto it = blocks_.upper_bound(byte);
   if (it == blocks_.begin()) return blocks_.end();
@@ -274,9 +272,8 @@ c10::DataPtr PinnedMemory::allocate(size_t size) {
   const uint64_t capacity = Streams::get().options().pinned_capacity_bytes;
   std::lock_guard lock(mutex_);
   const auto live = static_cast<uint64_t>(bytes_.current);
-  TORCH_CHECK(live <= capacity && size <= capacity - live,
-              "fake accelerator: cannot pin ", size, " bytes of host memory: ", live, " of ",
-              capacity, " bytes are pinned (memlock)");
+  TORCH_CHECK(live <= capacity && size <= capacity - live, "fake accelerator: cannot pin ", size,
+              " bytes of host memory: ", live, " of ", capacity, " bytes are pinned (memlock)");
   auto* address = static_cast<std::byte*>(std::aligned_alloc(kPage, round_up(size, kPage)));
   if (!address) throw std::bad_alloc();
   blocks_[address] = {size};

@@ -13,8 +13,9 @@
 
 namespace ferry::testing::fake {
 
-// Addresses that tensors show lie in a reservation that nobody may access; the bytes lie at the same
-// offset of a second mapping, which only the workers use. A host that reads device memory faults.
+// Addresses that tensors show lie in a reservation that nobody may access; the bytes lie at the
+// same offset of a second mapping, which only the workers use. A host that reads device memory
+// faults.
 class DeviceMemory final : public c10::DeviceAllocator {
  public:
   // Throws DeviceError if the address space is refused.
@@ -37,8 +38,8 @@ class DeviceMemory final : public c10::DeviceAllocator {
 
  private:
   struct Block {
-    size_t offset, size;         // of the reservation; multiples of kAlignment
-    int64_t stream;              // current at allocation
+    size_t offset, size;             // of the reservation; multiples of kAlignment
+    int64_t stream;                  // current at allocation
     std::set<int64_t> used_on = {};  // other streams, by record_stream()
   };
   DeviceMemory();
@@ -54,8 +55,8 @@ class DeviceMemory final : public c10::DeviceAllocator {
   std::byte* backing_ = nullptr;
   size_t reserved_ = 0;
 
-  std::mutex mutex_;                     // of everything below
-  std::map<size_t, size_t> free_;        // offset -> size of ranges that can be handed out
+  std::mutex mutex_;               // of everything below
+  std::map<size_t, size_t> free_;  // offset -> size of ranges that can be handed out
   std::deque<std::pair<size_t, size_t>> quarantine_;
   size_t quarantined_ = 0;
   c10::CachingDeviceAllocator::DeviceStats stats_;

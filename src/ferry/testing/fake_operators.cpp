@@ -1,4 +1,5 @@
-// The fake accelerator's own kernels: memory, views, copies; and the list of composites that run whole.
+// The fake accelerator's own kernels: memory, views, copies; and the list of composites that run
+// whole.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -38,8 +39,8 @@ at::Tensor empty_memory_format(at::IntArrayRef size, std::optional<at::ScalarTyp
                                std::optional<bool> pin_memory,
                                std::optional<at::MemoryFormat> memory_format) {
   TORCH_CHECK(!pin_memory.value_or(false), "Only dense CPU tensors can be pinned");
-  return at::detail::empty_generic(size, &DeviceMemory::get(), kKeys,
-                                   c10::dtype_or_default(dtype), memory_format);
+  return at::detail::empty_generic(size, &DeviceMemory::get(), kKeys, c10::dtype_or_default(dtype),
+                                   memory_format);
 }
 
 at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
@@ -121,8 +122,8 @@ void copy_on_device(const at::Tensor& from, const at::Tensor& to) {
 
 at::Tensor host_alias(const at::Tensor& tensor) {
   c10::InferenceMode off(false);
-  return at::from_blob(const_cast<void*>(tensor.const_data_ptr()), tensor.sizes(),
-                       tensor.strides(), at::TensorOptions().dtype(tensor.scalar_type()));
+  return at::from_blob(const_cast<void*>(tensor.const_data_ptr()), tensor.sizes(), tensor.strides(),
+                       at::TensorOptions().dtype(tensor.scalar_type()));
 }
 
 // One of the two is on the host.
@@ -141,7 +142,8 @@ void copy_over_the_bus(const at::Tensor& from, const at::Tensor& to, bool non_bl
   at::Tensor source = to_device ? host_alias(from) : cpu_alias(from);
   at::Tensor target = to_device ? cpu_alias(to) : host_alias(to);
   const bool same_order = from.scalar_type() == to.scalar_type() &&
-                          from.strides().equals(to.strides()) && from.is_non_overlapping_and_dense();
+                          from.strides().equals(to.strides()) &&
+                          from.is_non_overlapping_and_dense();
   auto run = [=] {
     Streams::get().paced(kind, bytes, [&](uint64_t begin, uint64_t end) {
       if (same_order) {
@@ -157,8 +159,9 @@ void copy_over_the_bus(const at::Tensor& from, const at::Tensor& to, bool non_bl
   const std::string name = to_device ? "copy host to device" : "copy device to host";
   streams.enqueue(stream, {kind, name, bytes, std::move(run)});
   if (non_blocking && pinned && plain) {
-    PinnedMemory::get().record_event(const_cast<void*>(host.const_data_ptr()), nullptr,
-                                     c10::Stream(c10::Stream::UNSAFE, FakeAccelerator::device(), stream));
+    PinnedMemory::get().record_event(
+        const_cast<void*>(host.const_data_ptr()), nullptr,
+        c10::Stream(c10::Stream::UNSAFE, FakeAccelerator::device(), stream));
     return;
   }
   const char* why = !pinned ? " (pageable)" : !plain ? " (not contiguous)" : " (blocking)";
@@ -166,8 +169,9 @@ void copy_over_the_bus(const at::Tensor& from, const at::Tensor& to, bool non_bl
 }
 
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blocking) {
-  TORCH_CHECK((self.is_cpu() || self.is_privateuseone()) && (dst.is_cpu() || dst.is_privateuseone()),
-              "fake accelerator: cannot copy from ", self.device(), " to ", dst.device());
+  TORCH_CHECK(
+      (self.is_cpu() || self.is_privateuseone()) && (dst.is_cpu() || dst.is_privateuseone()),
+      "fake accelerator: cannot copy from ", self.device(), " to ", dst.device());
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (dst.numel() == 0 || self.is_same(dst)) return dst;
   at::Tensor from = self.expand(dst.sizes());
@@ -187,9 +191,8 @@ at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& dst) {
 at::Scalar local_scalar_dense(const at::Tensor& self) {
   at::Scalar value;
   Streams& streams = Streams::get();
-  streams.enqueue(streams.current(), {.run = [&value, alias = cpu_alias(self)] {
-                    value = alias.item();
-                  }});
+  streams.enqueue(streams.current(),
+                  {.run = [&value, alias = cpu_alias(self)] { value = alias.item(); }});
   streams.synchronize(streams.current(), "aten::_local_scalar_dense");
   return value;
 }
@@ -211,8 +214,8 @@ constexpr const char* kWhole[] = {"convolution", "convolution_backward", "native
 }  // namespace
 
 void register_operators() {
-  using torch::CppFunction;
   using c10::DispatchKey;
+  using torch::CppFunction;
   // libtorch unregisters what a Library registered when it goes.
   static auto* const all =
       new torch::Library(torch::Library::IMPL, "_", DispatchKey::PrivateUse1, __FILE__, __LINE__);
@@ -238,8 +241,7 @@ void register_operators() {
   own->impl("_local_scalar_dense", &local_scalar_dense);
   for (const char* name : kComposites)
     own->impl(name, CppFunction::makeFromBoxedFunction<&run_boxed>());
-  for (const char* name : kWhole)
-    own->impl(name, CppFunction::makeFromBoxedFunction<&run_boxed>());
+  for (const char* name : kWhole) own->impl(name, CppFunction::makeFromBoxedFunction<&run_boxed>());
 
   static auto* const autograd = new torch::Library(
       torch::Library::IMPL, "aten", DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);

@@ -80,17 +80,16 @@ at::Tensor convolution_output(const at::Tensor& input, const at::Tensor& weight,
                                      item(output_padding, i) + 1
                                : (size + 2 * item(padding, i) - reach - 1) / item(stride, i) + 1);
   }
-  bool channels_last = input.dim() == 4 &&
-                       (input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                        weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
-  return at::empty(shape, input.options(), channels_last ? at::MemoryFormat::ChannelsLast
-                                                         : at::MemoryFormat::Contiguous);
+  bool channels_last =
+      input.dim() == 4 && (input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                           weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
+  return at::empty(shape, input.options(),
+                   channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
 Stack conv2d(const Stack& in) {
   return {convolution_output(in[0].toTensor(), in[1].toTensor(), in[3].toIntVector(),
-                             in[4].toIntVector(), in[5].toIntVector(), false, {0},
-                             in[6].toInt())};
+                             in[4].toIntVector(), in[5].toIntVector(), false, {0}, in[6].toInt())};
 }
 
 Stack convolution(const Stack& in) {
@@ -157,7 +156,7 @@ Stack like_first(const Stack& in) {
 }
 
 // Where the meta device has no kernel in C++, or one that is not the CPU's.
-constexpr std::array<std::pair<std::string_view, Stack (*)(const Stack&)>, 16> kRules{{
+constexpr std::array<std::pair<std::string_view, Stack (*)(const Stack&)>, 17> kRules{{
     {"aten::layer_norm", layer_norm},
     {"aten::native_layer_norm", native_layer_norm},
     {"aten::group_norm", group_norm},
@@ -170,6 +169,7 @@ constexpr std::array<std::pair<std::string_view, Stack (*)(const Stack&)>, 16> k
     {"aten::where.self", where},
     {"aten::isnan", isnan},
     {"aten::flip", like_first},
+    {"aten::relu", like_first},
     {"aten::masked_fill_.Scalar", in_place},
     {"aten::masked_fill_.Tensor", in_place},
     {"aten::_index_put_impl_", in_place},

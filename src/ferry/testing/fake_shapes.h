@@ -8,9 +8,10 @@
 
 namespace ferry::testing::fake {
 
-// The results of `op` for `arguments`, whose tensors are on the meta device: one IValue a return, each
-// a meta tensor of the size, strides and dtype that the CPU kernel would give. Written arguments of
-// `arguments` may be resized, as out= arguments are. nullopt: depends on the data, or nobody knows.
+// The results of `op` for `arguments`, whose tensors are on the meta device: one IValue a return,
+// each a meta tensor of the size, strides and dtype that the CPU kernel would give. Written
+// arguments of `arguments` may be resized, as out= arguments are. nullopt: depends on the data, or
+// nobody knows.
 std::optional<torch::jit::Stack> infer_results(const c10::OperatorHandle& op,
                                                const torch::jit::Stack& arguments);
 

@@ -1,5 +1,5 @@
-// Streams, events and the copy engine of the fake accelerator (fake_accelerator.h): one worker thread
-// and one FIFO a stream.
+// Streams, events and the copy engine of the fake accelerator (fake_accelerator.h): one worker
+// thread and one FIFO a stream.
 #pragma once
 
 #include <c10/core/Event.h>
@@ -97,8 +97,8 @@ class Streams {
   void clear_log();
   void stop();
 
-  // Runs copy(begin, end) over parts of `bytes`, each not before the direction's bandwidth allows it
-  // to have arrived. One copy at a time in a direction.
+  // Runs copy(begin, end) over parts of `bytes`, each not before the direction's bandwidth allows
+  // it to have arrived. One copy at a time in a direction.
   void paced(JobKind direction, uint64_t bytes,
              const std::function<void(uint64_t begin, uint64_t end)>& copy);
 
