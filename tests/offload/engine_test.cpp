@@ -545,6 +545,31 @@ TEST_F(EngineTest, WithoutReadAheadEveryLeaseIsAMiss) {
   EXPECT_EQ(engine.report().misses, 8u);
 }
 
+TEST_F(EngineTest, PlanningAgainWithMeasuredTimesStaysRight) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  EngineOptions options = EngineTest::options(130 << 10, 64 << 10);
+  options.read.rate_limit_bytes_per_s = 8 << 20;  // so that leases wait, and the rate is known
+  Engine engine(options);
+  Client client(engine, "model", groups());
+  const std::vector<Placement> first = client.plan().placements;
+  for (int pass = 0; pass < 6; ++pass) {
+    client.begin_pass();
+    for (size_t group : kInOrder) {
+      Lease lease = client.lease(group);
+      ASSERT_TRUE(is_right(group));
+      if (group < 4) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    }
+    client.end_pass();
+  }
+  const Report report = engine.report();
+  EXPECT_LE(report.replans, 1u);
+  EXPECT_EQ(report.replans == 1, client.plan().placements != first);
+  EXPECT_LE(report.peak_bytes, 130u << 10);
+  EXPECT_GT(client.plan().prediction.step_s, 0) << "the plan knows times";
+  client.unload();
+  expect_all_stubs();
+}
+
 // Every operation on files fails in turn: the run ends with the right weights or the right error,
 // leaves nothing leased, and goes on once the fault is gone.
 TEST_F(EngineTest, AnyOperationMayFail) {

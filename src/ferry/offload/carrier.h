@@ -56,6 +56,8 @@ class Carrier {
   virtual void poll() = 0;
   // Waits until nothing that was enqueued uses the arena. Not for the step loop.
   virtual void synchronize() = 0;
+  // Of the disk, bytes a second, as seen while a lease waited for it; 0 if none ever did.
+  virtual double read_rate() const { return 0; }
   // Bytes of host memory held, and the most ever.
   virtual uint64_t host_bytes() const { return 0; }
   virtual uint64_t host_peak_bytes() const { return 0; }

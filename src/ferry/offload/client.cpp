@@ -91,6 +91,11 @@ Plan Client::make_plan_locked() const {
       cost.size_bytes += piece.footprint(on_accelerator);
       cost.arena_bytes += piece.arriving_footprint(on_accelerator);
     }
+    if (!measured_compute_s_.empty()) {
+      cost.disk_bytes = 0;
+      for (const Piece& piece : state->pieces) cost.disk_bytes += piece.read_bytes;
+      cost.compute_s = measured_compute_s_[costs.size()];
+    }
     costs.push_back(std::move(cost));
   }
   const uint64_t least = engine_.held_small_ + smallest_budget(costs);
@@ -113,6 +118,14 @@ Plan Client::make_plan_locked() const {
                           (budget - engine_.held_small_) / Arena::kAlignment * Arena::kAlignment};
   if (engine_.options_.preferred_arena_bytes > 0)
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
+  if (!measured_compute_s_.empty()) {
+    options.rates = measured_rates_;
+    // The arena is not made anew for it.
+    if (engine_.carrier_)
+      options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
+    options.order = order_;
+    options.wrap_around = options_.wrap_around;
+  }
   Plan plan = make_plan(costs, options);
   // Residents that are converted pass through the ring on their way.
   uint64_t passing = 0;
@@ -153,6 +166,38 @@ void Client::adopt_plan_locked(Plan plan) {
       if (piece.where == Whereabouts::absent)
         piece.resident = state.placement == Placement::resident;
     }
+  }
+}
+
+void Client::measure_pass_locked() {
+  // The first pass pays for pages that are touched for the first time. On an accelerator a lease's
+  // time is the host's, not the device's.
+  constexpr int kMeasured = 2;
+  if (!engine_.options_.replan || !engine_.options_.device.is_cpu() || order_is_guess_ ||
+      plan_.streamed_bytes == 0 || followers_ > 0 || ++measured_passes_ != kMeasured)
+    return;
+  measured_rates_ = {};
+  measured_rates_.disk_bytes_per_s = engine_.carrier_->read_rate();
+  if (!measured_rates_.known()) return;  // nobody had to wait: the plan serves
+  measured_compute_s_.clear();
+  for (const auto& state : states_) measured_compute_s_.push_back(state->compute_s);
+  try {
+    Plan plan = make_plan_locked();
+    if (plan.peak_bytes() > engine_.arena_.size_bytes() || plan.placements == plan_.placements)
+      return;
+    // From an empty arena: what stays is laid out anew.
+    drop_all_locked();
+    adopt_plan_locked(std::move(plan));
+    engine_.arena_.set_ring_bytes(plan_.arena_bytes);
+    engine_.report_.arena_bytes = plan_.arena_bytes;
+    engine_.report_.resident_bytes = plan_.resident_bytes;
+    ++engine_.report_.replans;
+    log::debug("{}: planned again with measured times: {} resident, a step of {} bound by {}",
+               name_, format_bytes(plan_.resident_bytes), format_duration(plan_.prediction.step_s),
+               bound_name(plan_.prediction.bound));
+  } catch (const std::exception& error) {
+    log::debug("{}: planning again failed: {}", name_, error.what());
+    measured_compute_s_.clear();
   }
 }
 
@@ -207,7 +252,10 @@ void Client::begin_pass() {
     std::lock_guard lock(engine_.mutex_);
     if (pass_depth_++ > 0) return;
     recording_.clear();
-    for (auto& state : states_) state->used_in_pass = false;
+    for (auto& state : states_) {
+      state->used_in_pass = false;
+      state->compute_s = 0;
+    }
     try {
       if (std::exchange(plan_is_stale_, false)) engine_.active_ = nullptr;
       engine_.activate_locked(*this);
@@ -233,6 +281,7 @@ void Client::end_pass(bool completed) {
                      order_is_guess_ ? "registration order" : "last pass");
           adopt_order_locked(std::move(recording_));
         }
+        measure_pass_locked();
         order_is_guess_ = false;
         for (auto& state : states_) state->used_in_pass = false;
         std::deque<Engine::Announced>& announced = engine_.announced_;
@@ -621,6 +670,7 @@ void Client::release(size_t group) noexcept {
     std::lock_guard lock(engine_.mutex_);
     State& state = *states_[group];
     if (--state.leases == 0) {
+      state.compute_s += std::chrono::duration<double>(Clock::now() - state.leased_at).count();
       if (Trace* trace = engine_.options_.trace) {
         trace->complete("compute", state.group.name, state.leased_at, Clock::now(), "compute");
       }

@@ -56,7 +56,7 @@ class CpuCarrier final : public Carrier {
   void arrive(Piece& piece, std::unique_lock<std::mutex>&) override {
     if (piece.where == Whereabouts::here) return;
     try {
-      context_.reader.wait(piece.ticket);
+      wait_for(piece);
       make_views(piece);
     } catch (...) {
       drop(piece, nullptr, false);
@@ -83,6 +83,9 @@ class CpuCarrier final : public Carrier {
 
   void poll() override { context_.reader.poll(); }
   void synchronize() override {}
+  double read_rate() const override {
+    return waited_seconds_ > 0.01 ? static_cast<double>(waited_bytes_) / waited_seconds_ : 0;
+  }
 
  private:
   std::optional<uint64_t> allocate(bool lasting, uint64_t bytes) {
@@ -106,7 +109,21 @@ class CpuCarrier final : public Carrier {
     }
   }
 
+  void wait_for(Piece& piece) {
+    context_.reader.poll();
+    const bool waits = !piece.ticket->done();
+    const uint64_t before = context_.reader.bytes_read();
+    const auto began = Clock::now();
+    context_.reader.wait(piece.ticket);
+    if (!waits) return;
+    waited_seconds_ += std::chrono::duration<double>(Clock::now() - began).count();
+    waited_bytes_ += context_.reader.bytes_read() - before;
+  }
+
   CarrierContext context_;
+  // Of the waits for reads: only then is it certain that the disk was busy all the time.
+  double waited_seconds_ = 0;
+  uint64_t waited_bytes_ = 0;
 };
 
 }  // namespace

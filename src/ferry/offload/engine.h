@@ -59,6 +59,8 @@ struct EngineOptions {
   uint64_t piece_bytes = 32 << 20;
   // Off brings each group when it is leased (for tests and for measuring what reading ahead gains).
   bool read_ahead = true;
+  // Plan again with the times of the first passes.
+  bool replan = true;
   io::ReadEngineOptions read = {};
   StopToken stop = {};
   // Not owned; null is off.
@@ -93,6 +95,7 @@ struct Report {
   uint64_t dropped = 0;              // brought and not used
   uint64_t divergences = 0;          // passes whose order was not the expected one
   uint64_t changed = 0;              // groups that no longer equal their checkpoint
+  uint64_t replans = 0;              // plans that measured times changed
   double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
@@ -219,6 +222,9 @@ class Client {
   void load_small_slots(std::vector<weights::BoundSlot> small);
   Plan make_plan_locked() const;
   void adopt_plan_locked(Plan plan);
+  // After a pass: with its times, the groups that are read soon after one another for little
+  // compute turn out to be the ones to keep.
+  void measure_pass_locked();
   // Which pieces stay in host memory once they were read; returns the bytes they take.
   uint64_t assign_host_homes_locked(uint64_t budget);
   // What it streams goes; what it holds for good stays until somebody needs the room.
@@ -256,6 +262,10 @@ class Client {
   std::vector<std::unique_ptr<State>> states_;
   Plan plan_;
   uint64_t small_bytes_ = 0;
+  // What passes showed, for planning again; empty until then.
+  std::vector<double> measured_compute_s_;  // one a group
+  Rates measured_rates_;
+  int measured_passes_ = 0;
 
   std::vector<size_t> order_;
   bool order_is_guess_ = true;
