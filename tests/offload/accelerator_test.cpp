@@ -234,22 +234,24 @@ TEST_F(AcceleratorTest, ChangedWeightsAreKept) {
   for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(enqueue(client).to(at::kCPU).equal(expected));
 }
 
+// About as long a copy as an operation. In a ring of one group they take turns; in one of three
+// they run side by side. A ratio within one run, and a loose one: bench/ measures.
 TEST_F(AcceleratorTest, OverlapsCopiesWithCompute) {
   put_input();
-  // About 4 ms a copy and 4 ms an operation: one after the other 64 ms a pass, side by side 32.
   FakeAccelerator::set_options(
       {.host_to_device_bytes_per_second = kSide * kSide * 4 / 4e-3, .op_delay_ms = 4});
-  Engine engine(options(120 << 10, EngineOptions::kAllWeights));
-  Client client(engine, "model", groups());
-  enqueue(client);
-  FakeAccelerator::drain();
-  const auto began = std::chrono::steady_clock::now();
-  for (int pass = 0; pass < 4; ++pass) enqueue(client);
-  FakeAccelerator::drain();
-  const double each =
-      std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began).count() /
-      4;
-  EXPECT_LT(each, 56) << "no overlap at all takes 64 ms";
+  auto seconds = [&](uint64_t budget) {
+    Engine engine(options(budget, EngineOptions::kAllWeights));
+    Client client(engine, "model", groups());
+    enqueue(client);
+    FakeAccelerator::drain();
+    const auto began = std::chrono::steady_clock::now();
+    for (int pass = 0; pass < 4; ++pass) enqueue(client);
+    FakeAccelerator::drain();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  };
+  const double in_turns = seconds(40 << 10);
+  EXPECT_LT(seconds(120 << 10), 0.9 * in_turns);
 }
 
 }  // namespace

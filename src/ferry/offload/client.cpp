@@ -49,7 +49,7 @@ Client::Client(Engine& engine, std::string name, std::vector<Group> groups,
   std::lock_guard lock(engine_.mutex_);
   engine_.held_small_ += small_bytes_;
   try {
-    adopt_plan_locked(make_plan_locked());
+    refresh_plan_locked();
     // Its small slots take from what the others planned with: better told now than at first use.
     for (Client* other : engine_.clients_) other->make_plan_locked();
   } catch (...) {
@@ -156,6 +156,14 @@ Plan Client::make_plan_locked() const {
   return plan;
 }
 
+void Client::refresh_plan_locked() {
+  const uint64_t room = engine_.options_.weights_memory_bytes - engine_.held_small_;
+  if (!plan_is_stale_ && planned_room_ == room) return;
+  adopt_plan_locked(make_plan_locked());
+  planned_room_ = room;
+  plan_is_stale_ = false;
+}
+
 void Client::adopt_plan_locked(Plan plan) {
   plan_ = std::move(plan);
   for (size_t i = 0; i < states_.size(); ++i) {
@@ -257,7 +265,7 @@ void Client::begin_pass() {
       state->compute_s = 0;
     }
     try {
-      if (std::exchange(plan_is_stale_, false)) engine_.active_ = nullptr;
+      if (plan_is_stale_) engine_.active_ = nullptr;
       engine_.activate_locked(*this);
       read_ahead_quietly_locked();
     } catch (...) {

@@ -122,7 +122,7 @@ void Engine::prepare_memory_locked() {
   uint64_t largest_read = 0;
   uint64_t all_read = 0;
   for (Client* client : clients_) {
-    client->adopt_plan_locked(client->make_plan_locked());
+    client->refresh_plan_locked();
     const uint64_t peak = client->plan_.peak_bytes();
     wanted = options_.weights_memory_bytes == 0 ? std::max(wanted, peak) : wanted + peak;
     for (const auto& state : client->states_) {

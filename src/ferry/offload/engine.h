@@ -222,6 +222,8 @@ class Client {
   void load_small_slots(std::vector<weights::BoundSlot> small);
   Plan make_plan_locked() const;
   void adopt_plan_locked(Plan plan);
+  // Plans if the room for it, or a group, has changed since it last did.
+  void refresh_plan_locked();
   // After a pass: with its times, the groups that are read soon after one another for little
   // compute turn out to be the ones to keep.
   void measure_pass_locked();
@@ -275,7 +277,8 @@ class Client {
   State* filling_ = nullptr;  // the last of pending_, if a part of it found no room
   std::vector<size_t> recording_;
   int pass_depth_ = 0;
-  bool plan_is_stale_ = false;  // a group that changed needs more room than it did
+  bool plan_is_stale_ = true;  // also where a group that changed needs more room than it did
+  uint64_t planned_room_ = 0;
   size_t followers_ = 0;
   bool following_ = false;
 };
