@@ -9,6 +9,7 @@
 #include "ferry/base/error.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/offload/engine.h"
+#include "ferry/offload/out_of_memory.h"
 #include "ferry/testing/fake_accelerator.h"
 #include "ferry/weights/stub.h"
 
@@ -232,6 +233,73 @@ TEST_F(AcceleratorTest, ChangedWeightsAreKept) {
   for (size_t i = 0; i < kGroups; ++i)
     expected = at::linear(expected, i == 3 ? weights_[i] * 2 : weights_[i]);
   for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(enqueue(client).to(at::kCPU).equal(expected));
+}
+
+// ---- device memory that runs out ----
+
+TEST_F(AcceleratorTest, AnArenaThatDoesNotFitIsMadeSmaller) {
+  put_input();
+  Engine engine(options(4 << 20, EngineOptions::kAllWeights));
+  Client client(engine, "model", groups());
+  FakeAccelerator::drain();
+  FakeAccelerator::reset_peak();
+  const uint64_t capacity = FakeAccelerator::live_bytes() + (200 << 10);
+  FakeAccelerator::set_options({.capacity_bytes = capacity});
+  for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(right(enqueue(client)));
+  EXPECT_EQ(engine.report().shrinks, 1u);
+  EXPECT_GT(client.plan().streamed_bytes, 0u);
+  EXPECT_GT(client.plan().peak_bytes(), 140u << 10) << "no smaller than it must";
+  EXPECT_LE(FakeAccelerator::peak_bytes(), capacity);
+}
+
+TEST_F(AcceleratorTest, NoRoomForAnyArenaIsAnErrorWithTheNumbers) {
+  put_input();
+  Engine engine(options(4 << 20));
+  Client client(engine, "model", groups());
+  FakeAccelerator::drain();
+  FakeAccelerator::set_options({.capacity_bytes = FakeAccelerator::live_bytes() + (20 << 10)});
+  try {
+    enqueue(client);
+    FAIL() << "found room";
+  } catch (const DeviceError& error) {
+    EXPECT_THAT(error.what(),
+                ::testing::AllOf(::testing::HasSubstr("288 KiB asked for"),
+                                 ::testing::HasSubstr("model: 288 KiB resident"),
+                                 ::testing::HasSubstr("20.0 KiB of"),
+                                 ::testing::HasSubstr("the least that would do is 36.0 KiB")));
+  }
+  // Once others have given theirs back, the plan is the one that was asked for.
+  FakeAccelerator::set_options({});
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(right(enqueue(client)));
+  EXPECT_EQ(client.plan().streamed_bytes, 0u);
+}
+
+TEST(OutOfMemory, WhatWasAskedForIsReadFromTheMessage) {
+  EXPECT_EQ(asked_bytes("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+            2ull << 30);
+  EXPECT_EQ(asked_bytes("Tried to allocate 20.50 MiB (GPU 0; 7.79 GiB total"), 41ull << 19);
+  EXPECT_EQ(asked_bytes("out of memory. Tried to allocate 512 bytes; 1 of 2"), 512u);
+  EXPECT_EQ(asked_bytes("Tried to allocate"), 0u);
+  EXPECT_EQ(asked_bytes("Tried to allocate everything there is"), 0u);
+  EXPECT_EQ(asked_bytes("something else"), 0u);
+}
+
+TEST_F(AcceleratorTest, ReservedMemoryIsLeftToTheApplication) {
+  put_input();
+  Engine engine(options(320 << 10, EngineOptions::kAllWeights));
+  Client client(engine, "model", groups());
+  EXPECT_TRUE(right(enqueue(client)));
+  FakeAccelerator::drain();
+  const uint64_t whole = FakeAccelerator::live_bytes();
+  {
+    Reservation reservation = engine.reserve(180 << 10);
+    FakeAccelerator::drain();
+    FakeAccelerator::reset_peak();
+    for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(right(enqueue(client)));
+    EXPECT_LE(FakeAccelerator::peak_bytes() + (140 << 10), whole + (16 << 10));
+  }
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(right(enqueue(client)));
+  EXPECT_EQ(client.plan().streamed_bytes, 0u);
 }
 
 // About as long a copy as an operation. In a ring of one group they take turns; in one of three

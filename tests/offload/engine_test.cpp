@@ -491,6 +491,70 @@ TEST_F(EngineTest, TwoThreadsTakeTurns) {
   EXPECT_LE(engine.report().peak_bytes, 160u << 10);
 }
 
+TEST_F(EngineTest, AReservationTakesFromTheWeights) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(256 << 10, 64 << 10));
+  Client client(engine, "model", groups());
+  run_pass(client, kInOrder);
+  const uint64_t resident = client.plan().resident_bytes;
+  {
+    Reservation reservation = engine.reserve(100 << 10);
+    EXPECT_EQ(reservation.bytes(), 100u << 10);
+    for (int pass = 0; pass < 3; ++pass) run_pass(client, kInOrder);
+    EXPECT_LE(client.plan().peak_bytes(), 156u << 10);
+    EXPECT_LT(client.plan().resident_bytes, resident);
+    EXPECT_LE(engine.report().resident_bytes + engine.report().arena_bytes, 156u << 10);
+    Reservation moved = std::move(reservation);
+    reservation.release();  // nothing: it is the other's now
+    run_pass(client, kInOrder);
+    EXPECT_LE(client.plan().peak_bytes(), 156u << 10);
+  }
+  for (int pass = 0; pass < 2; ++pass) run_pass(client, kInOrder);
+  EXPECT_EQ(client.plan().resident_bytes, resident) << "given back";
+}
+
+TEST_F(EngineTest, AReservationWithinAPassCountsFromTheNextOne) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(256 << 10, 64 << 10));
+  Client client(engine, "model", groups());
+  Reservation reservation;
+  client.begin_pass();
+  for (size_t group : kInOrder) {
+    Lease lease = client.lease(group);
+    EXPECT_TRUE(is_right(group));
+    if (group == 3) reservation = engine.reserve(100 << 10);
+  }
+  EXPECT_GT(client.plan().peak_bytes(), 156u << 10);
+  client.end_pass();
+  run_pass(client, kInOrder);
+  EXPECT_LE(client.plan().peak_bytes(), 156u << 10);
+}
+
+TEST_F(EngineTest, AReservationOfTooMuchSaysHowMuchThereIs) {
+  write({100, 100, 100, 100});
+  Engine engine(options(100 << 10, 64 << 10));
+  Client client(engine, "model", groups());
+  Reservation some = engine.reserve(20 << 10);
+  std::string told;
+  try {
+    Reservation more = engine.reserve(70 << 10);
+    FAIL() << "reserved";
+  } catch (const BudgetError& error) {
+    told = error.what();
+  }
+  EXPECT_THAT(told,
+              ::testing::AllOf(::testing::HasSubstr("70.0 KiB of a weights budget of 100 KiB"),
+                               ::testing::HasSubstr("20.0 KiB are reserved already"),
+                               ::testing::HasSubstr("weights need at least 32.0 KiB"),
+                               ::testing::HasSubstr("at most 48.0 KiB")));
+  Reservation rest = engine.reserve(48 << 10);
+  run_pass(client, {0, 1, 2, 3});
+  EXPECT_THROW(engine.set_weights_memory(60 << 10), BudgetError);
+  run_pass(client, {0, 1, 2, 3});
+  Engine without(EngineTest::options(0));
+  EXPECT_THROW(Reservation none = without.reserve(1), ArgumentError);
+}
+
 TEST_F(EngineTest, PiecesFillWhatOneGroupLeaves) {
   // The arena holds one group and a half: half of the next one is brought while one is leased.
   std::vector<io::SafetensorsWriter::Entry> entries;

@@ -2,14 +2,19 @@
 
 #include <ATen/ThreadLocalState.h>
 
+#include <c10/util/Exception.h>
+
+#include <algorithm>
 #include <memory>
 
 #include "ferry/base/fiber.h"
 
 namespace ferry::hooks {
 
-void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
-                  std::vector<std::function<void()>> passes) {
+namespace {
+
+void run_once(const std::vector<GroupOffloading*>& offloaded,
+              const std::vector<std::function<void()>>& passes) {
   for (GroupOffloading* one : offloaded)
     one->client().begin_lockstep(passes.empty() ? 0 : passes.size() - 1);
   struct Guard {
@@ -27,8 +32,7 @@ void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
     at::ThreadLocalState state;
   };
   std::vector<Pass> running(passes.size());
-  for (size_t i = 0; i < passes.size(); ++i)
-    running[i].fiber = std::make_unique<Fiber>(std::move(passes[i]));
+  for (size_t i = 0; i < passes.size(); ++i) running[i].fiber = std::make_unique<Fiber>(passes[i]);
 
   try {
     for (bool any = true; any;) {
@@ -50,6 +54,23 @@ void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
     }
     at::ThreadLocalState::setThreadLocalState(outside);
     throw;
+  }
+}
+
+}  // namespace
+
+void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
+                  const std::vector<std::function<void()>>& passes) {
+  for (bool again = false;; again = true) {
+    try {
+      return run_once(offloaded, passes);
+    } catch (const c10::OutOfMemoryError& error) {
+      // While other passes were under way, the one that failed could not be run again by itself.
+      const bool room = std::any_of(
+          offloaded.begin(), offloaded.end(),
+          [&](const GroupOffloading* one) { return one->engine()->make_room(error, again); });
+      if (!room) throw;
+    }
   }
 }
 

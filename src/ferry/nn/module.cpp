@@ -63,6 +63,13 @@ std::shared_ptr<ModuleHook> Module::recompute_hook() const {
   return nullptr;
 }
 
+bool Module::wants_retry(int failures) {
+  // A copy: a hook may remove itself or others.
+  const auto hooks = hooks_;
+  return std::any_of(hooks.begin(), hooks.end(),
+                     [&](const auto& entry) { return entry.second->retry(*this, failures); });
+}
+
 void Module::check_may_move() const {
   if (!weights_are_offloaded()) return;
   throw ArgumentError(

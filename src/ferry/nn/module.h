@@ -31,6 +31,10 @@ class ModuleHook {
   virtual void after(Module& module) {}
   // Instead of after() when the body, or a later hook's before(), threw.
   virtual void failed(Module& module) noexcept {}
+  // Called after failed() of all hooks while the exception is in flight: whether to enter the
+  // hooks and run the body once more. May throw another exception in its place. `failures` counts
+  // those of this call, from 1.
+  virtual bool retry(Module& module, int failures) { return false; }
   // The tensors that the body returned, in order; called before after(), if wants_outputs().
   virtual void outputs(Module& module, const std::vector<at::Tensor>& tensors) {}
   virtual bool wants_outputs() const { return false; }
@@ -64,7 +68,8 @@ class Module : public torch::nn::Module {
   std::shared_ptr<ModuleHook> recompute_hook() const;
 
   // The call point: runs the hooks around `body`. Every public entry of a module goes through it,
-  // forward() by way of Ptr's operator(), others (encode, decode) by calling it themselves.
+  // forward() by way of Ptr's operator(), others (encode, decode) by calling it themselves. A hook
+  // may have the body run again after it failed, so it must not use up what it captured.
   template <class Body>
   std::invoke_result_t<Body> call(Body&& body);
 
@@ -83,6 +88,9 @@ class Module : public torch::nn::Module {
 
  private:
   class HookScope;
+  template <class Body>
+  std::invoke_result_t<Body&> call_hooked(Body& body);
+  bool wants_retry(int failures);
   void check_may_move() const;
   std::vector<std::pair<std::string, std::shared_ptr<ModuleHook>>> hooks_;
 };
@@ -99,7 +107,7 @@ class Ptr : public std::shared_ptr<M> {
     M* module = this->get();
     if (std::shared_ptr<ModuleHook> hook = module->recompute_hook())
       return recompute(*module, *hook, std::forward<Args>(args)...);
-    return module->call([&] { return module->forward(std::forward<Args>(args)...); });
+    return module->call([&] { return module->forward(args...); });
   }
 
  private:
@@ -261,12 +269,23 @@ class Module::HookScope {
 template <class Body>
 std::invoke_result_t<Body> Module::call(Body&& body) {
   if (hooks_.empty()) return std::forward<Body>(body)();
+  for (int failures = 1;; ++failures) {
+    try {
+      return call_hooked(body);
+    } catch (...) {
+      if (!wants_retry(failures)) throw;
+    }
+  }
+}
+
+template <class Body>
+std::invoke_result_t<Body&> Module::call_hooked(Body& body) {
   HookScope scope(*this);
-  if constexpr (std::is_void_v<std::invoke_result_t<Body>>) {
-    std::forward<Body>(body)();
+  if constexpr (std::is_void_v<std::invoke_result_t<Body&>>) {
+    body();
     scope.finish();
   } else {
-    std::invoke_result_t<Body> result = std::forward<Body>(body)();
+    std::invoke_result_t<Body&> result = body();
     if (scope.wants_outputs()) {
       std::vector<at::Tensor> tensors;
       collect_tensors(result, tensors);

@@ -80,7 +80,7 @@ void Client::load_small_slots(std::vector<weights::BoundSlot> small) {
   }
 }
 
-Plan Client::make_plan_locked() const {
+std::vector<GroupCost> Client::costs_locked() const {
   const bool on_accelerator = !engine_.options_.device.is_cpu();
   std::vector<GroupCost> costs;
   for (const auto& state : states_) {
@@ -98,8 +98,18 @@ Plan Client::make_plan_locked() const {
     }
     costs.push_back(std::move(cost));
   }
+  return costs;
+}
+
+uint64_t Client::least_budget_locked() const {
+  return engine_.held_small_ + smallest_budget(costs_locked());
+}
+
+Plan Client::make_plan_locked() const {
+  const bool on_accelerator = !engine_.options_.device.is_cpu();
+  const std::vector<GroupCost> costs = costs_locked();
   const uint64_t least = engine_.held_small_ + smallest_budget(costs);
-  uint64_t budget = engine_.options_.weights_memory_bytes;
+  uint64_t budget = engine_.budget_locked();
   if (budget == 0) {
     uint64_t largest = 0;
     for (const GroupCost& cost : costs) {
@@ -157,7 +167,7 @@ Plan Client::make_plan_locked() const {
 }
 
 void Client::refresh_plan_locked() {
-  const uint64_t room = engine_.options_.weights_memory_bytes - engine_.held_small_;
+  const uint64_t room = engine_.budget_locked() - engine_.held_small_;
   if (!plan_is_stale_ && planned_room_ == room) return;
   adopt_plan_locked(make_plan_locked());
   planned_room_ = room;
@@ -258,6 +268,7 @@ void Client::begin_pass() {
   engine_.turn_.enter();
   try {
     std::lock_guard lock(engine_.mutex_);
+    engine_.apply_reservations_locked();
     if (pass_depth_++ > 0) return;
     recording_.clear();
     for (auto& state : states_) {

@@ -1,5 +1,7 @@
 #include "ferry/offload/engine.h"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -8,6 +10,7 @@
 #include "ferry/base/units.h"
 #include "ferry/offload/carrier.h"
 #include "ferry/offload/client_state.h"
+#include "ferry/offload/out_of_memory.h"
 
 namespace ferry::offload {
 
@@ -29,6 +32,27 @@ void Lease::release() noexcept {
   if (client_) std::exchange(client_, nullptr)->release(group_);
 }
 
+// ---- Reservation ----
+
+Reservation::Reservation(Reservation&& other) noexcept
+    : engine_(std::exchange(other.engine_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+Reservation& Reservation::operator=(Reservation&& other) noexcept {
+  if (this != &other) {
+    release();
+    engine_ = std::exchange(other.engine_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
+  return *this;
+}
+
+void Reservation::release() noexcept {
+  if (!engine_) return;
+  Engine& engine = *std::exchange(engine_, nullptr);
+  std::lock_guard lock(engine.mutex_);
+  engine.asked_reserved_ -= std::exchange(bytes_, 0);
+}
+
 // ---- Engine ----
 
 namespace {
@@ -41,6 +65,18 @@ io::ReadEngineOptions with_depth(io::ReadEngineOptions read, uint64_t budget) {
       read.queue_depth, 1024);
   return read;
 }
+
+// The calling thread's turn, as a scope.
+class HeldTurn {
+ public:
+  explicit HeldTurn(Turn& turn) : turn_(turn) { turn_.enter(); }
+  ~HeldTurn() { turn_.leave(); }
+  HeldTurn(const HeldTurn&) = delete;
+  HeldTurn& operator=(const HeldTurn&) = delete;
+
+ private:
+  Turn& turn_;
+};
 
 }  // namespace
 
@@ -65,14 +101,9 @@ Report Engine::report() const {
 }
 
 void Engine::unload() {
-  turn_.enter();
-  {
-    std::lock_guard lock(mutex_);
-    for (Client* client : clients_) client->drop_all_locked();
-    active_ = nullptr;
-    drop_memory_locked();
-  }
-  turn_.leave();
+  HeldTurn turn(turn_);
+  std::lock_guard lock(mutex_);
+  drop_everything_locked();
 }
 
 void Engine::set_stop_token(StopToken stop) {
@@ -87,20 +118,73 @@ void Engine::announce(std::vector<Announced> next) {
 }
 
 void Engine::set_weights_memory(uint64_t bytes) {
-  turn_.enter();
+  HeldTurn turn(turn_);
+  std::lock_guard lock(mutex_);
+  if (asked_reserved_ > 0 && bytes <= asked_reserved_) {
+    throw_error<BudgetError>("a weights budget of {} is too small: {} of it are reserved",
+                             format_bytes(bytes), format_bytes(asked_reserved_));
+  }
   const uint64_t before = std::exchange(options_.weights_memory_bytes, bytes);
   try {
-    std::lock_guard lock(mutex_);
     for (Client* client : clients_) client->make_plan_locked();
-    for (Client* client : clients_) client->drop_all_locked();
-    active_ = nullptr;
-    drop_memory_locked();
   } catch (...) {
     options_.weights_memory_bytes = before;
-    turn_.leave();
     throw;
   }
-  turn_.leave();
+  drop_everything_locked();
+}
+
+Reservation Engine::reserve(uint64_t bytes) {
+  HeldTurn turn(turn_);
+  std::lock_guard lock(mutex_);
+  const uint64_t budget = options_.weights_memory_bytes;
+  if (budget == 0) {
+    throw ArgumentError(
+        "the engine holds as little as its components can do with, so there is nothing to reserve "
+        "of it; give it a weights budget");
+  }
+  const uint64_t taken = asked_reserved_ + least_budget_locked();
+  const uint64_t most = budget - std::min(budget, taken);
+  if (bytes > most) {
+    throw_error<BudgetError>(
+        "{} of a weights budget of {} cannot be reserved: {} are reserved already, and weights "
+        "need at least {}; at most {} can be",
+        format_bytes(bytes), format_bytes(budget), format_bytes(asked_reserved_),
+        format_bytes_up(least_budget_locked()), format_bytes(most));
+  }
+  asked_reserved_ += bytes;
+  apply_reservations_locked();
+  return Reservation(this, bytes);
+}
+
+void Engine::apply_reservations_locked() {
+  if (reserved_ == asked_reserved_ || pass_is_running_locked()) return;
+  const bool less_room = asked_reserved_ > reserved_;
+  reserved_ = asked_reserved_;
+  if (!carrier_) return;
+  const bool as_it_is =
+      less_room ? arena_.size_bytes() <= allowed_arena_locked()
+                : std::all_of(clients_.begin(), clients_.end(), [](const Client* client) {
+                    return client->plan_.streamed_bytes == 0;
+                  });
+  if (!as_it_is) drop_everything_locked();
+}
+
+bool Engine::pass_is_running_locked() const {
+  return std::any_of(clients_.begin(), clients_.end(),
+                     [](const Client* client) { return client->pass_depth_ > 0; });
+}
+
+uint64_t Engine::least_budget_locked() const {
+  uint64_t least = held_small_;
+  for (const Client* client : clients_) least = std::max(least, client->least_budget_locked());
+  return least;
+}
+
+void Engine::drop_everything_locked() {
+  for (Client* client : clients_) client->drop_all_locked();
+  active_ = nullptr;
+  drop_memory_locked();
 }
 
 // Frees the arena and what carries into it, once nothing is held there.
@@ -116,15 +200,26 @@ void Engine::drop_memory_locked() {
   arena_ = Arena();
 }
 
-// The arena holds all components together where the budget allows, and each alone in any case.
-void Engine::prepare_memory_locked() {
+uint64_t Engine::allowed_arena_locked() const {
+  if (budget_locked() == 0) return UINT64_MAX;
+  return (budget_locked() - held_small_) / Arena::kAlignment * Arena::kAlignment;
+}
+
+// It holds all components together where the budget allows, and each alone in any case.
+uint64_t Engine::wanted_arena_locked() const {
   uint64_t wanted = 0;
+  for (const Client* client : clients_) {
+    const uint64_t peak = client->plan_.peak_bytes();
+    wanted = budget_locked() == 0 ? std::max(wanted, peak) : wanted + peak;
+  }
+  return std::min(wanted, allowed_arena_locked());
+}
+
+void Engine::prepare_memory_locked() {
   uint64_t largest_read = 0;
   uint64_t all_read = 0;
   for (Client* client : clients_) {
     client->refresh_plan_locked();
-    const uint64_t peak = client->plan_.peak_bytes();
-    wanted = options_.weights_memory_bytes == 0 ? std::max(wanted, peak) : wanted + peak;
     for (const auto& state : client->states_) {
       for (const Piece& piece : state->pieces) {
         const uint64_t bytes = piece.arriving_footprint(/*on_accelerator=*/false);
@@ -133,11 +228,8 @@ void Engine::prepare_memory_locked() {
       }
     }
   }
-  const uint64_t allowed =
-      options_.weights_memory_bytes == 0
-          ? wanted
-          : (options_.weights_memory_bytes - held_small_) / Arena::kAlignment * Arena::kAlignment;
-  wanted = std::min(wanted, allowed);
+  const uint64_t wanted = wanted_arena_locked();
+  const uint64_t allowed = budget_locked() == 0 ? wanted : allowed_arena_locked();
   if (carrier_ && arena_.size_bytes() >= wanted && arena_.size_bytes() <= allowed) return;
   for (Client* client : clients_) client->drop_all_locked();
   drop_memory_locked();
@@ -147,7 +239,7 @@ void Engine::prepare_memory_locked() {
         "pass that holds it first",
         format_bytes(wanted));
   }
-  arena_ = Arena(Memory::on(options_.device, wanted));
+  allocate_arena_locked();
   CarrierContext context{options_, *reader_, arena_, report_, mutex_, [this] {
                            if (active_) active_->read_ahead_quietly_locked();
                          }};
@@ -169,6 +261,89 @@ void Engine::prepare_memory_locked() {
   uint64_t homes = context.host_memory_bytes - std::min(context.host_memory_bytes, staging);
   for (Client* client : clients_) homes -= client->assign_host_homes_locked(homes);
   carrier_ = make_device_carrier(std::move(context));
+}
+
+// ---- device memory that runs out ----
+
+namespace {
+
+constexpr const char* kWhatHelps =
+    "make a smaller picture or fewer at a time, give weights less memory, or end what else uses "
+    "the device";
+
+}  // namespace
+
+std::string Engine::describe_plan_locked() const {
+  std::string text = fmt::format("{} of small tensors", format_bytes(held_small_));
+  for (const Client* client : clients_) {
+    text += fmt::format(", {}: {} resident and an arena of {}", client->name_,
+                        format_bytes(client->plan_.resident_bytes),
+                        format_bytes(client->plan_.arena_bytes));
+  }
+  if (reserved_ > 0) text += fmt::format(", {} reserved", format_bytes(reserved_));
+  return text;
+}
+
+void Engine::shrink_locked(uint64_t budget) {
+  log::warn("{}: no memory left: weights get {} from now on instead of {}", options_.device.str(),
+            format_bytes(budget), format_bytes(held_small_ + wanted_arena_locked()));
+  options_.weights_memory_bytes = budget + reserved_;
+  for (Client* client : clients_) client->refresh_plan_locked();
+  ++report_.shrinks;
+}
+
+void Engine::allocate_arena_locked() {
+  const uint64_t asked = wanted_arena_locked();
+  const uint64_t given = options_.weights_memory_bytes;
+  try {
+    arena_ = Arena(Memory::on(options_.device, asked));
+    return;
+  } catch (const c10::OutOfMemoryError&) {
+  }
+  const std::string plan = describe_plan_locked();
+  const DeviceMemory memory = free_cached_memory(options_.device);
+  // Activations want some too.
+  const uint64_t fits = held_small_ + memory.free_bytes - memory.free_bytes / 10;
+  const uint64_t least = least_budget_locked();
+  try {
+    if (const uint64_t budget = std::max(least, fits); budget < held_small_ + asked)
+      shrink_locked(budget);
+    arena_ = Arena(Memory::on(options_.device, wanted_arena_locked()));
+  } catch (const c10::OutOfMemoryError&) {
+    const uint64_t last = wanted_arena_locked();
+    options_.weights_memory_bytes = given;  // others may give theirs back
+    throw_error<DeviceError>(
+        "{}: no memory for weights: {} asked for ({}), then {}, and {} of {} free; the least that "
+        "would do is {}; {}",
+        options_.device.str(), format_bytes(asked), plan, format_bytes(last),
+        format_bytes(memory.free_bytes), format_bytes(memory.total_bytes), format_bytes_up(least),
+        kWhatHelps);
+  }
+}
+
+bool Engine::make_room(const c10::OutOfMemoryError& error, bool again) {
+  HeldTurn turn(turn_);
+  std::lock_guard lock(mutex_);
+  if (options_.device.is_cpu() || pass_is_running_locked()) return false;
+  const uint64_t least = least_budget_locked();
+  const uint64_t held = held_small_ + wanted_arena_locked();
+  const std::string plan = describe_plan_locked();
+  drop_everything_locked();
+  const DeviceMemory memory = free_cached_memory(options_.device);
+  const std::string message = error.what_without_backtrace();
+  if (again || carrier_ || held <= least) {
+    throw_error<DeviceError>(
+        "{}: no memory left for what is computed{}: {}. Weights had {} ({}); the least that would "
+        "do is {}. Without the weights that come and go {} of {} are free; {}",
+        options_.device.str(), again ? ", also with less for weights" : "", message,
+        format_bytes(held), plan, format_bytes_up(least), format_bytes(memory.free_bytes),
+        format_bytes(memory.total_bytes), kWhatHelps);
+  }
+  // What was asked for is missing at least, and more may be asked for after it.
+  const uint64_t asked = asked_bytes(message);
+  const uint64_t missing = asked > 0 ? std::max(2 * asked, held / 4) : held / 2;
+  shrink_locked(std::max(least, held - std::min(held, missing)));
+  return true;
 }
 
 void Engine::activate_locked(Client& client) {

@@ -23,10 +23,15 @@ namespace ferry {
 class Trace;
 }
 
+namespace c10 {
+class OutOfMemoryError;
+}
+
 namespace ferry::offload {
 
 class Carrier;
 class Client;
+class Engine;
 
 // The slots that are leased together.
 struct Group {
@@ -96,6 +101,7 @@ struct Report {
   uint64_t divergences = 0;          // passes whose order was not the expected one
   uint64_t changed = 0;              // groups that no longer equal their checkpoint
   uint64_t replans = 0;              // plans that measured times changed
+  uint64_t shrinks = 0;              // budgets made smaller since the device had no more memory
   double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
@@ -120,6 +126,24 @@ class Lease {
   Lease(Client* client, size_t group) : client_(client), group_(group) {}
   Client* client_ = nullptr;
   size_t group_ = 0;
+};
+
+// A part of an engine's weights budget that is the application's. Move-only; must not outlive the
+// engine. Its end gives the part back, from the next pass on.
+class Reservation {
+ public:
+  Reservation() = default;
+  Reservation(Reservation&& other) noexcept;
+  Reservation& operator=(Reservation&& other) noexcept;
+  ~Reservation() { release(); }
+  void release() noexcept;
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  friend class Engine;
+  Reservation(Engine* engine, uint64_t bytes) : engine_(engine), bytes_(bytes) {}
+  Engine* engine_ = nullptr;
+  uint64_t bytes_ = 0;
 };
 
 // Shared by the components of one or more pipelines. What a component holds stays until another
@@ -148,12 +172,40 @@ class Engine {
   // A smaller weights budget from the next pass on. Throws BudgetError if a component cannot do
   // with it; then nothing changes.
   void set_weights_memory(uint64_t bytes);
+  // Keeps `bytes` of the weights budget free of weights for as long as what is returned lives.
+  // When this returns, weights hold no more than the rest; called within a pass of the same
+  // thread, from its next pass on. Throws BudgetError with the numbers if a component cannot do
+  // with the rest, ArgumentError for an engine without a budget.
+  [[nodiscard]] Reservation reserve(uint64_t bytes);
+  // After a pass failed with `error`: gives back all that weights hold on the device and plans with
+  // less, so that the pass can be run again. `again`: it has been run again already. False where
+  // an outer pass is still running. Throws DeviceError with the numbers where nothing helps.
+  bool make_room(const c10::OutOfMemoryError& error, bool again);
 
  private:
   friend class Client;
+  friend class Reservation;
   void activate_locked(Client& client);
   void prepare_memory_locked();
+  // Allocates the arena, with a smaller budget if the device has no room for the one that is
+  // planned. Throws DeviceError with the numbers.
+  void allocate_arena_locked();
+  // The arena for the plans as they are, and the largest that the budget allows.
+  uint64_t wanted_arena_locked() const;
+  uint64_t allowed_arena_locked() const;
   void drop_memory_locked();
+  // What weights may take now; 0: as little as each component can do with.
+  uint64_t budget_locked() const { return options_.weights_memory_bytes - reserved_; }
+  // The least with which every component can be streamed.
+  uint64_t least_budget_locked() const;
+  // Between passes: what was reserved or given back since the last one.
+  void apply_reservations_locked();
+  bool pass_is_running_locked() const;
+  void drop_everything_locked();
+  // A smaller budget from here on, since the device has no more memory.
+  void shrink_locked(uint64_t budget);
+  // "9.1 KiB of small tensors, …": what weights hold, or would.
+  std::string describe_plan_locked() const;
   // Makes room by dropping a component that does not run; false if there is none.
   bool evict_inactive_locked(const Client& requester);
   Client* announced_after_locked(const Client& client) const;
@@ -170,6 +222,8 @@ class Engine {
   std::deque<Announced> announced_;
   Report report_;
   uint64_t held_small_ = 0;
+  uint64_t reserved_ = 0;        // taken from the budget
+  uint64_t asked_reserved_ = 0;  // of all reservations; in force from the next pass on
   bool somebody_waits_ = false;  // for staging, at a lease
 };
 
@@ -205,6 +259,7 @@ class Client {
 
   const Plan& plan() const { return plan_; }
   const std::string& name() const { return name_; }
+  Engine& engine() const { return engine_; }
   size_t group_count() const { return states_.size(); }
 
  private:
@@ -220,6 +275,9 @@ class Client {
 
   void release(size_t group) noexcept;
   void load_small_slots(std::vector<weights::BoundSlot> small);
+  std::vector<GroupCost> costs_locked() const;
+  // The least budget with which it can be streamed, with the small tensors of all components.
+  uint64_t least_budget_locked() const;
   Plan make_plan_locked() const;
   void adopt_plan_locked(Plan plan);
   // Plans if the room for it, or a group, has changed since it last did.

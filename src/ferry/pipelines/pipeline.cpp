@@ -338,8 +338,7 @@ void DiffusionPipeline::run_together(const std::vector<std::string>& components,
     auto offloading = offloading_.find(name);
     if (offloading != offloading_.end()) offloaded.push_back(offloading->second.get());
   }
-  if (passes.size() > 1 && !offloaded.empty())
-    return hooks::run_lockstep(offloaded, std::move(passes));
+  if (passes.size() > 1 && !offloaded.empty()) return hooks::run_lockstep(offloaded, passes);
   for (const std::function<void()>& pass : passes) pass();
 }
 
