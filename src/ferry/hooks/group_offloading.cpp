@@ -29,6 +29,16 @@ class PassHook : public nn::ModuleHook {
   void before(nn::Module&) override { client_.begin_pass(); }
   void after(nn::Module&) override { client_.end_pass(true); }
   void failed(nn::Module&) noexcept override { client_.end_pass(false); }
+  // A pass that met the end of the device's memory runs once more, with less for weights.
+  bool retry(nn::Module&, int failures) override {
+    try {
+      throw;
+    } catch (const c10::OutOfMemoryError& error) {
+      return client_.engine().make_room(error, /*again=*/failures > 1);
+    } catch (...) {
+      return false;
+    }
+  }
   bool moves_weights() const override { return true; }
 
  private:
@@ -101,6 +111,15 @@ class Grouping {
     binding_ = &binding;
     check_names(config.exclude, "exclude");
     check_names(config.block_modules, "block_modules");
+    for (const Entry& entry : entries_) {
+      const bool out =
+          std::any_of(config_.exclude.begin(), config_.exclude.end(),
+                      [&](const std::string& name) { return is_below(entry.name, name); });
+      for_own_slots(entry, [&](size_t slot) {
+        ++holders_[slot];
+        if (out && taken_.insert(slot).second) excluded.push_back(&bound(slot));
+      });
+    }
   }
 
   std::vector<offload::Group> groups;
@@ -119,16 +138,9 @@ class Grouping {
     return std::find(excluded.begin(), excluded.end(), &slot) != excluded.end();
   }
 
+  // With the sources of the slots as they are now.
   void build(uint64_t small_slot_bytes) {
     if (config_.gather_embeddings) find_tables(small_slot_bytes);
-    for (const Entry& entry : entries_) {
-      bool out = std::any_of(config_.exclude.begin(), config_.exclude.end(),
-                             [&](const std::string& name) { return is_below(entry.name, name); });
-      if (out)
-        for_own_slots(entry, [&](size_t slot) {
-          if (taken_.insert(slot).second) excluded.push_back(&bound(slot));
-        });
-    }
     if (config_.offload_type == OffloadType::block_level) add_blocks();
     if (config_.offload_type == OffloadType::leaf_level) {
       for (const Entry& entry : entries_) add_group(entry.name, {entry}, entry.module);
@@ -167,11 +179,22 @@ class Grouping {
   }
 
   void find_tables(uint64_t small_slot_bytes) {
-    for (const Entry& entry : entries_) {
+    auto embedding_of = [](const Entry& entry) {
       auto* embedding = dynamic_cast<nn::Embedding*>(entry.module);
-      if (!embedding || entry.holder != embedding) continue;
+      return entry.holder == embedding ? embedding : nullptr;
+    };
+    std::unordered_map<size_t, size_t> users;
+    for (const Entry& entry : entries_) {
+      if (embedding_of(entry)) for_own_slots(entry, [&](size_t slot) { ++users[slot]; });
+    }
+    for (const Entry& entry : entries_) {
+      nn::Embedding* embedding = embedding_of(entry);
+      if (!embedding) continue;
       for_own_slots(entry, [&](size_t slot) {
+        if (taken_.contains(slot) && !is_table(slot)) return;  // excluded
         if (bound(slot).slot.size_bytes() < small_slot_bytes) return;
+        // A head that is tied to it wants the whole table.
+        if (users.at(slot) < holders_.at(slot)) return;
         // Rows of an encoded table cannot be read one by one: it is streamed like any weight.
         if (bound(slot).source.encoding) return;
         tables.emplace_back(embedding, &bound(slot));
@@ -180,16 +203,27 @@ class Grouping {
     }
   }
 
-  // A group of the slots that `members` hold themselves and no group has yet; `hooked` leases it,
-  // and also the groups that already hold one of these slots (tied and shared weights).
+  bool is_table(size_t slot) const {
+    return std::any_of(tables.begin(), tables.end(),
+                       [&](const auto& table) { return table.second == &bound(slot); });
+  }
+
+  // A group of the slots that `members` hold themselves and no group has yet; `hooked` leases it.
+  // Shared modules and tied weights: a leaf also leases the groups that already hold one of its
+  // slots; of blocks, what another one holds too is left to the top level.
   void add_group(const std::string& name, const std::vector<Entry>& members, nn::Module* hooked) {
+    const bool leaf = config_.offload_type == OffloadType::leaf_level;
     std::vector<size_t> own;
     std::vector<size_t> others;
+    std::unordered_map<size_t, size_t> held;
+    for (const Entry& entry : members) for_own_slots(entry, [&](size_t slot) { ++held[slot]; });
     for (const Entry& entry : members) {
       for_own_slots(entry, [&](size_t slot) {
         auto group = group_of_.find(slot);
         if (group != group_of_.end()) {
-          if (group->second != groups.size()) others.push_back(group->second);
+          if (leaf && group->second != groups.size()) others.push_back(group->second);
+        } else if (!leaf && held.at(slot) < holders_.at(slot)) {
+          return;
         } else if (taken_.insert(slot).second) {
           own.push_back(slot);
           group_of_[slot] = groups.size();
@@ -197,11 +231,10 @@ class Grouping {
       });
     }
     std::vector<size_t>& wanted = wanted_[hooked];
-    // The top-level group sees every block's slots; those blocks lease for themselves.
-    if (config_.offload_type == OffloadType::leaf_level)
-      wanted.insert(wanted.end(), others.begin(), others.end());
+    wanted.insert(wanted.end(), others.begin(), others.end());
     if (!own.empty()) {
-      offload::Group group{name.empty() ? "(root)" : name, {}, outlasts_others(members, hooked)};
+      offload::Group group{
+          name.empty() ? "(root)" : name, {}, !others.empty() || outlasts_others(members, hooked)};
       for (size_t slot : own) group.slots.push_back(bound(slot));
       wanted.push_back(groups.size());
       groups.push_back(std::move(group));
@@ -212,7 +245,7 @@ class Grouping {
   }
 
   // A group that is held while modules below lease theirs: the top level, and parameters that a
-  // parent of layers holds itself.
+  // parent of layers holds itself. (So is one beside a shared group.)
   bool outlasts_others(const std::vector<Entry>& members, nn::Module* hooked) const {
     if (config_.offload_type == OffloadType::block_level) return hooked == entries_.front().module;
     return members.size() == 1 && !members.front().holder->children().empty();
@@ -267,6 +300,7 @@ class Grouping {
   const weights::Binding* binding_ = nullptr;
   std::vector<Entry> entries_;
   std::unordered_map<const c10::TensorImpl*, size_t> by_tensor_;
+  std::unordered_map<size_t, size_t> holders_;  // how many modules hold a slot themselves
   std::unordered_set<size_t> taken_;
   std::unordered_map<size_t, size_t> group_of_;
   std::unordered_map<nn::Module*, std::vector<size_t>> wanted_;
@@ -377,13 +411,8 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
   const bool only_in_memory = !binding;
   if (only_in_memory) binding = bind_memory(root, name);
 
-  {
-    Grouping grouping(root, *binding, config);
-    grouping.build(engine->options().small_slot_bytes);
-    settle_loaded(*binding, grouping, device);
-  }
-  // Again, with the sources as they are now.
   Grouping grouping(root, *binding, config);
+  settle_loaded(*binding, grouping, device);
   grouping.build(engine->options().small_slot_bytes);
 
   auto offloading = std::make_shared<GroupOffloading>();
