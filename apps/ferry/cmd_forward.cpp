@@ -214,6 +214,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
                           {"leases", report.leases},
                           {"hits", report.hits},
                           {"misses", report.misses},
+                          {"reads_packs", report.reads_packs},
                           {"dropped", report.dropped}};
     }
     write_json(options.stats, stats);

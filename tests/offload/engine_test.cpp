@@ -33,17 +33,23 @@ class EngineTest : public ::testing::Test {
   // One weight and one bias a group, with random values; the file keeps its own order.
   void write(const std::vector<int64_t>& rows, at::ScalarType dtype = at::kFloat) {
     at::manual_seed(1);
+    for (int64_t count : rows) {
+      // Values that bfloat16 holds too, for write_pack().
+      for (const auto& shape : {std::vector<int64_t>{count, 64}, std::vector<int64_t>{count}})
+        expected_.push_back(at::randn(shape).to(at::kBFloat16).to(dtype));
+    }
+    write_expected("model.safetensors", dtype);
+  }
+
+  void write_expected(const std::string& file, at::ScalarType dtype) {
     std::vector<io::SafetensorsWriter::Entry> entries;
     std::vector<at::Tensor> values;
-    for (size_t i = 0; i < rows.size(); ++i) {
-      for (const auto& shape : {std::vector<int64_t>{rows[i], 64}, std::vector<int64_t>{rows[i]}}) {
-        entries.push_back({(shape.size() == 2 ? "w" : "b") + std::to_string(i),
-                           tensor::from_torch(dtype), shape});
-        values.push_back(at::randn(shape).to(dtype));
-        expected_.push_back(values.back());
-      }
+    for (size_t i = 0; i < expected_.size(); ++i) {
+      entries.push_back({(i % 2 == 0 ? "w" : "b") + std::to_string(i / 2),
+                         tensor::from_torch(dtype), expected_[i].sizes().vec()});
+      values.push_back(expected_[i].to(dtype));
     }
-    io::SafetensorsWriter writer(folder_ / "model.safetensors", entries);
+    io::SafetensorsWriter writer(folder_ / file, entries);
     for (const at::Tensor& value : values) {
       writer.write({static_cast<const std::byte*>(value.const_data_ptr()),
                     static_cast<size_t>(value.nbytes())});
@@ -64,6 +70,18 @@ class EngineTest : public ::testing::Test {
         group.slots.push_back({slot, *stored});
       }
       groups.push_back(std::move(group));
+    }
+    return groups;
+  }
+
+  // The same with each weight also in a pack of half the size that takes `decode_time` to decode.
+  std::vector<Group> groups_with_packs(std::chrono::milliseconds decode_time) {
+    write_expected("packed.safetensors", at::kBFloat16);
+    auto pack = weights::Checkpoint::open_file(folder_ / "packed.safetensors");
+    std::vector<Group> groups = EngineTest::groups();
+    for (Group& group : groups) {
+      for (weights::BoundSlot& bound : group.slots)
+        bound.packed = widened(*pack->find(bound.source.key), false, decode_time);
     }
     return groups;
   }
@@ -607,6 +625,56 @@ TEST_F(EngineTest, WithoutReadAheadEveryLeaseIsAMiss) {
   Client client(engine, "model", groups());
   for (int pass = 0; pass < 2; ++pass) run_pass(client, {0, 1, 2, 3});
   EXPECT_EQ(engine.report().misses, 8u);
+}
+
+TEST_F(EngineTest, AStepThatWaitsForTheDiskReadsThePack) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  EngineOptions options = EngineTest::options(130 << 10, 64 << 10);
+  options.read.rate_limit_bytes_per_s = 4 << 20;
+  Engine engine(options);
+  Client client(engine, "model", groups_with_packs(std::chrono::milliseconds(0)));
+  for (int pass = 0; pass < 6; ++pass) run_pass(client, kInOrder);
+  EXPECT_TRUE(engine.report().reads_packs);
+  EXPECT_LE(engine.report().peak_bytes, 130u << 10);
+  const uint64_t before = engine.report().bytes_read;
+  run_pass(client, kInOrder);
+  EXPECT_LT(engine.report().bytes_read - before, 0.7 * client.plan().streamed_bytes);
+}
+
+TEST_F(EngineTest, WhereDecodingIsTheSlowerPartTheCheckpointIsRead) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(EngineTest::options(130 << 10, 64 << 10));
+  Client client(engine, "model", groups_with_packs(std::chrono::milliseconds(10)));
+  for (int pass = 0; pass < 6; ++pass) run_pass(client, kInOrder);
+  EXPECT_FALSE(engine.report().reads_packs);
+  EXPECT_EQ(engine.report().misses, 0u);
+  EXPECT_LE(engine.report().peak_bytes, 130u << 10);
+  client.unload();
+  expect_all_stubs();
+}
+
+TEST_F(EngineTest, ABudgetTooSmallForDecodingReadsTheCheckpoint) {
+  write({100, 100, 100, 100});
+  // One group at a time fits as it lies in the checkpoint, not beside what it is decoded from.
+  Engine engine(EngineTest::options(32 << 10, 0));
+  Client client(engine, "model", groups_with_packs(std::chrono::milliseconds(0)));
+  for (int pass = 0; pass < 2; ++pass) run_pass(client, {0, 1, 2, 3});
+  EXPECT_FALSE(engine.report().reads_packs);
+  EXPECT_LE(engine.report().peak_bytes, 32u << 10);
+}
+
+TEST_F(EngineTest, AChangedWeightIsReadFromWhereItIsKeptNotFromThePack) {
+  write({100, 100, 100, 100});
+  Engine engine(EngineTest::options(130 << 10, 40 << 10));
+  Client client(engine, "model", groups_with_packs(std::chrono::milliseconds(0)));
+  run_pass(client, {0, 1, 2, 3});
+  {
+    Lease lease = client.lease(1);
+    slots_[2].mul_(2);
+    expected_[2] = expected_[2] * 2;
+  }
+  for (int pass = 0; pass < 4; ++pass) run_pass(client, {0, 1, 2, 3});
+  EXPECT_EQ(engine.report().changed, 1u);
 }
 
 TEST_F(EngineTest, PlanningAgainWithMeasuredTimesStaysRight) {

@@ -359,7 +359,7 @@ void settle_loaded(weights::Binding& binding, const Grouping& grouping, at::Devi
     const bool stays = grouping.stays(bound);
     if (!weights::is_stub(tensor)) {
       if (!stays && !weights::is_as_read(bound))
-        bound.source = weights::write_private_file({bound}, {tensor}).front();
+        bound.set_source(weights::write_private_file({bound}, {tensor}).front());
     } else if (stays) {
       tensor.set_data(weights::read_tensor(bound));
     }
@@ -428,7 +428,7 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
   }
   options.source_changed = [binding](const at::Tensor& slot, const weights::StoredTensor& source) {
     for (weights::BoundSlot& bound : binding->slots) {
-      if (bound.slot.tensor.is_same(slot)) bound.source = source;
+      if (bound.slot.tensor.is_same(slot)) bound.set_source(source);
     }
   };
   for (const weights::BoundSlot& bound : binding->slots) {

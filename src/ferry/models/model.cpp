@@ -74,20 +74,24 @@ bool has_weights(const std::filesystem::path& folder) {
   return false;
 }
 
-// The folder's checkpoint, or a lossless pack of it.
+// The folder's checkpoint, or the lossless pack that stands in for it.
 std::shared_ptr<const weights::Checkpoint> open_weights(const std::filesystem::path& folder,
                                                         const std::string& base,
                                                         const LoadOptions& options) {
   if (!options.pack.empty() && !has_weights(folder)) return weights::open_pack(options.pack);
   auto checkpoint = weights::Checkpoint::open_folder(folder, base, options.variant);
   if (!options.pack.empty()) return weights::open_pack(options.pack, checkpoint.get());
-  if (options.use_packs) {
-    weights::PackCache cache;
-    if (auto pack = weights::find_cached_pack(cache, *checkpoint)) return pack;
+  return checkpoint;
+}
+
+void offer_cached_pack(weights::Binding& binding, const std::filesystem::path& folder) {
+  weights::PackCache cache;
+  if (auto pack = weights::find_cached_pack(cache, *binding.checkpoint)) {
+    weights::offer_pack(binding, *pack);
+  } else {
     log::warn("{}: there is no pack in {}, so the checkpoint is read; ferry pack makes one",
               folder.string(), cache.folder().string());
   }
-  return checkpoint;
 }
 
 // ---- save_pretrained ----
@@ -344,7 +348,9 @@ std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const Loa
   bind_options.may_be_missing = [&](const std::string& slot) {
     return traits.tied_keys.contains(slot);
   };
-  model->set_binding(weights::bind(*model, checkpoint, bind_options));
+  auto binding = weights::bind(*model, checkpoint, bind_options);
+  if (options.use_packs && options.pack.empty()) offer_cached_pack(*binding, folder);
+  model->set_binding(std::move(binding));
   model->eval();
   if (options.load_now) model->load_weights();
   return model;

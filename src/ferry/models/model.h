@@ -132,7 +132,8 @@ struct LoadOptions {
   // Read the weights from this lossless pack of the checkpoint (weights/lossless_pack.h). A pack of
   // another checkpoint is refused; a folder without weights of its own takes any that fits.
   std::filesystem::path pack = {};
-  // Read them from the checkpoint's pack in the pack cache, if there is one.
+  // Read them from the checkpoint's pack in the pack cache, if there is one; streaming goes back to
+  // the checkpoint where that turns out faster.
   bool use_packs = false;
 };
 

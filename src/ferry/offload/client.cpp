@@ -36,10 +36,11 @@ Client::Client(Engine& engine, std::string name, std::vector<Group> groups,
     auto state = std::make_unique<State>();
     for (const weights::BoundSlot& bound : group.slots)
       state->size_bytes += bound.slot.size_bytes();
-    state->pieces = make_pieces(group.name, group.slots, device, engine_.options_.piece_bytes);
+    for (const weights::BoundSlot& bound : group.slots) reads_packs_ |= bound.packed.has_value();
     state->group = std::move(group);
     states_.push_back(std::move(state));
   }
+  for (auto& state : states_) make_pieces_locked(*state);
   load_small_slots(std::move(small));
   order_ = options_.first_order;
   if (order_.empty()) {
@@ -49,7 +50,14 @@ Client::Client(Engine& engine, std::string name, std::vector<Group> groups,
   std::lock_guard lock(engine_.mutex_);
   engine_.held_small_ += small_bytes_;
   try {
-    refresh_plan_locked();
+    try {
+      refresh_plan_locked();
+    } catch (const BudgetError&) {
+      if (!reads_packs_) throw;
+      // What is decoded takes room twice while it arrives.
+      read_from_locked(/*packs=*/false);
+      refresh_plan_locked();
+    }
     // Its small slots take from what the others planned with: better told now than at first use.
     for (Client* other : engine_.clients_) other->make_plan_locked();
   } catch (...) {
@@ -82,6 +90,7 @@ void Client::load_small_slots(std::vector<weights::BoundSlot> small) {
 
 std::vector<GroupCost> Client::costs_locked() const {
   const bool on_accelerator = !engine_.options_.device.is_cpu();
+  const Measured& measured = measured_[reads_packs_];
   std::vector<GroupCost> costs;
   for (const auto& state : states_) {
     GroupCost cost;
@@ -91,10 +100,10 @@ std::vector<GroupCost> Client::costs_locked() const {
       cost.size_bytes += piece.footprint(on_accelerator);
       cost.arena_bytes += piece.arriving_footprint(on_accelerator);
     }
-    if (!measured_compute_s_.empty()) {
+    if (plans_by_time_) {
       cost.disk_bytes = 0;
       for (const Piece& piece : state->pieces) cost.disk_bytes += piece.read_bytes;
-      cost.compute_s = measured_compute_s_[costs.size()];
+      cost.compute_s = measured.compute_s[costs.size()];
     }
     costs.push_back(std::move(cost));
   }
@@ -128,8 +137,8 @@ Plan Client::make_plan_locked() const {
                           (budget - engine_.held_small_) / Arena::kAlignment * Arena::kAlignment};
   if (engine_.options_.preferred_arena_bytes > 0)
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
-  if (!measured_compute_s_.empty()) {
-    options.rates = measured_rates_;
+  if (plans_by_time_) {
+    options.rates.disk_bytes_per_s = measured.disk_bytes_per_s;
     // The arena is not made anew for it.
     if (engine_.carrier_)
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
@@ -188,17 +197,70 @@ void Client::adopt_plan_locked(Plan plan) {
 }
 
 void Client::measure_pass_locked() {
-  // The first pass pays for pages that are touched for the first time. On an accelerator a lease's
-  // time is the host's, not the device's.
+  // The first pass pays for pages that are touched for the first time.
   constexpr int kMeasured = 2;
-  if (!engine_.options_.replan || !engine_.options_.device.is_cpu() || order_is_guess_ ||
-      plan_.streamed_bytes == 0 || followers_ > 0 || ++measured_passes_ != kMeasured)
+  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 || followers_ > 0 ||
+      ++measured_passes_ != kMeasured)
     return;
-  measured_rates_ = {};
-  measured_rates_.disk_bytes_per_s = engine_.carrier_->read_rate();
-  if (!measured_rates_.known()) return;  // nobody had to wait: the plan serves
-  measured_compute_s_.clear();
-  for (const auto& state : states_) measured_compute_s_.push_back(state->compute_s);
+  Measured& measured = measured_[reads_packs_];
+  measured.pass_s = std::chrono::duration<double>(Clock::now() - pass_began_).count();
+  measured.disk_bytes_per_s = engine_.carrier_->read_rate();
+  measured.compute_s.clear();
+  for (const auto& state : states_) {
+    measured.compute_s.push_back(state->compute_s);
+    if (state->placement == Placement::resident) continue;
+    for (const Piece& piece : state->pieces) measured.compute_s.back() += piece.convert_s;
+  }
+  const bool leased = std::any_of(states_.begin(), states_.end(),
+                                  [](const auto& state) { return state->leases > 0; });
+  if (leased) return;
+  if (should_try_checkpoint_locked()) {
+    read_from_locked(/*packs=*/false);
+    measured_passes_ = 0;
+    return;
+  }
+  const Measured& other = measured_[!reads_packs_];
+  if (other.pass_s > 0 && other.pass_s < measured.pass_s) read_from_locked(!reads_packs_);
+  if (other.pass_s > 0) {
+    log::debug("{}: a step takes {} from the pack, {} from the checkpoint", name_,
+               format_duration(measured_[true].pass_s), format_duration(measured_[false].pass_s));
+  }
+  // On an accelerator a lease's time is the host's, not the device's. And where nobody had to wait
+  // the plan serves.
+  if (engine_.options_.device.is_cpu() && measured_[reads_packs_].disk_bytes_per_s > 0)
+    plan_by_time_locked();
+}
+
+bool Client::should_try_checkpoint_locked() const {
+  // On an accelerator decoding is beside the compute, and the disk is slower than both.
+  if (!reads_packs_ || !engine_.options_.device.is_cpu() || measured_[false].pass_s > 0)
+    return false;
+  const Measured& measured = measured_[true];
+  if (measured.disk_bytes_per_s <= 0) return true;
+  // With a disk that had to be waited for, reading more takes as long as it takes.
+  double checkpoint_bytes = 0;
+  for (const auto& state : states_) {
+    if (state->placement == Placement::streamed)
+      checkpoint_bytes += static_cast<double>(state->size_bytes);
+  }
+  return checkpoint_bytes / measured.disk_bytes_per_s < measured.pass_s;
+}
+
+void Client::read_from_locked(bool packs) {
+  drop_all_locked();
+  reads_packs_ = packs;
+  for (auto& state : states_) make_pieces_locked(*state);
+  plan_is_stale_ = true;
+}
+
+void Client::make_pieces_locked(State& state) {
+  state.pieces = make_pieces(state.group.name, state.group.slots, engine_.options_.device,
+                             engine_.options_.piece_bytes, reads_packs_);
+  for (Piece& piece : state.pieces) piece.resident = state.placement == Placement::resident;
+}
+
+void Client::plan_by_time_locked() {
+  plans_by_time_ = true;
   try {
     Plan plan = make_plan_locked();
     if (plan.peak_bytes() > engine_.arena_.size_bytes() || plan.placements == plan_.placements)
@@ -206,17 +268,23 @@ void Client::measure_pass_locked() {
     // From an empty arena: what stays is laid out anew.
     drop_all_locked();
     adopt_plan_locked(std::move(plan));
-    engine_.arena_.set_ring_bytes(plan_.arena_bytes);
-    engine_.report_.arena_bytes = plan_.arena_bytes;
-    engine_.report_.resident_bytes = plan_.resident_bytes;
+    plan_is_stale_ = false;
+    report_plan_locked();
     ++engine_.report_.replans;
     log::debug("{}: planned again with measured times: {} resident, a step of {} bound by {}",
                name_, format_bytes(plan_.resident_bytes), format_duration(plan_.prediction.step_s),
                bound_name(plan_.prediction.bound));
   } catch (const std::exception& error) {
     log::debug("{}: planning again failed: {}", name_, error.what());
-    measured_compute_s_.clear();
+    plans_by_time_ = false;
   }
+}
+
+void Client::report_plan_locked() {
+  engine_.arena_.set_ring_bytes(plan_.arena_bytes);
+  engine_.report_.arena_bytes = plan_.arena_bytes;
+  engine_.report_.resident_bytes = plan_.resident_bytes;
+  engine_.report_.reads_packs = reads_packs_;
 }
 
 uint64_t Client::assign_host_homes_locked(uint64_t budget) {
@@ -271,6 +339,7 @@ void Client::begin_pass() {
     engine_.apply_reservations_locked();
     if (pass_depth_++ > 0) return;
     recording_.clear();
+    pass_began_ = Clock::now();
     for (auto& state : states_) {
       state->used_in_pass = false;
       state->compute_s = 0;
@@ -596,7 +665,7 @@ void Client::save_changed_locked(State& state) {
   drop_locked(state, /*forget_host=*/true);
   for (size_t i = 0; i < stored.size(); ++i) {
     weights::BoundSlot& bound = state.group.slots[i];
-    bound.source = stored[i];
+    bound.set_source(stored[i]);
     bound.slot.tensor.set_data(
         weights::make_stub(bound.slot.shape(), values[i].scalar_type(), engine_.options_.device));
     if (options_.source_changed) options_.source_changed(bound.slot.tensor, bound.source);
@@ -608,10 +677,8 @@ void Client::save_changed_locked(State& state) {
     return bytes;
   };
   const uint64_t before = footprint();
-  state.pieces = make_pieces(state.group.name, state.group.slots, engine_.options_.device,
-                             engine_.options_.piece_bytes);
+  make_pieces_locked(state);
   if (footprint() > before) plan_is_stale_ = true;
-  for (Piece& piece : state.pieces) piece.resident = state.placement == Placement::resident;
   ++engine_.report_.changed;
 }
 

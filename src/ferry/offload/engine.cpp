@@ -355,9 +355,7 @@ void Engine::activate_locked(Client& client) {
   std::erase(clients_, &client);
   clients_.push_back(&client);
   const Plan& plan = client.plan_;
-  arena_.set_ring_bytes(plan.arena_bytes);
-  report_.arena_bytes = plan.arena_bytes;
-  report_.resident_bytes = plan.resident_bytes;
+  client.report_plan_locked();
   log::debug("{}: {} resident, {} streamed a pass through an arena of {}", client.name_,
              format_bytes(plan.resident_bytes), format_bytes(plan.streamed_bytes),
              format_bytes(plan.arena_bytes));

@@ -4,6 +4,7 @@
 
 #include <c10/core/Device.h>
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -102,6 +103,7 @@ struct Report {
   uint64_t changed = 0;              // groups that no longer equal their checkpoint
   uint64_t replans = 0;              // plans that measured times changed
   uint64_t shrinks = 0;              // budgets made smaller since the device had no more memory
+  bool reads_packs = false;          // the active component streams from its lossless pack
   double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
@@ -285,6 +287,13 @@ class Client {
   // After a pass: with its times, the groups that are read soon after one another for little
   // compute turn out to be the ones to keep.
   void measure_pass_locked();
+  void plan_by_time_locked();
+  // Whether the checkpoint itself may be faster than its pack: has to be tried to know.
+  bool should_try_checkpoint_locked() const;
+  // Changes the source of all groups; the next pass plans anew. REQUIRES: no lease is out.
+  void read_from_locked(bool packs);
+  void make_pieces_locked(State& state);
+  void report_plan_locked();
   // Which pieces stay in host memory once they were read; returns the bytes they take.
   uint64_t assign_host_homes_locked(uint64_t budget);
   // What it streams goes; what it holds for good stays until somebody needs the room.
@@ -322,10 +331,17 @@ class Client {
   std::vector<std::unique_ptr<State>> states_;
   Plan plan_;
   uint64_t small_bytes_ = 0;
-  // What passes showed, for planning again; empty until then.
-  std::vector<double> measured_compute_s_;  // one a group
-  Rates measured_rates_;
+  // What passes showed, for planning again, by the source they read from.
+  struct Measured {
+    double pass_s = 0;              // 0: not measured
+    std::vector<double> compute_s;  // one a group, with decoding where that is on its way
+    double disk_bytes_per_s = 0;    // 0: nobody had to wait for the disk
+  };
+  Measured measured_[2];  // checkpoint, pack
+  bool reads_packs_ = false;
+  bool plans_by_time_ = false;  // with measured_[reads_packs_]
   int measured_passes_ = 0;
+  std::chrono::steady_clock::time_point pass_began_;
 
   std::vector<size_t> order_;
   bool order_is_guess_ = true;

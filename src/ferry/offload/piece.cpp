@@ -28,8 +28,7 @@ class Builder {
   bool empty() const { return piece_.slots.empty(); }
   uint64_t read_bytes() const { return piece_.read_bytes; }
 
-  void add(const weights::BoundSlot& bound) {
-    const weights::StoredTensor& source = bound.source;
+  void add(const weights::BoundSlot& bound, const weights::StoredTensor& source) {
     SlotPlace slot;
     slot.tensor = bound.slot.tensor;
     slot.stub = weights::make_stub(bound.slot.shape(), bound.slot.dtype(), device_);
@@ -99,8 +98,9 @@ uint64_t Piece::arriving_footprint(bool on_accelerator) const {
   return Arena::round_up(read_bytes) + Arena::round_up(convert_bytes);
 }
 
-void Piece::convert(std::byte* read_range, const Memory& memory, uint64_t convert_range) const {
+void Piece::convert(std::byte* read_range, const Memory& memory, uint64_t convert_range) {
   c10::InferenceMode off(false);
+  const auto began = std::chrono::steady_clock::now();
   for (const SlotPlace& slot : slots) {
     if (!slot.convert_place || slot.size_bytes() == 0) continue;
     const std::byte* stored = read_range + slot.read_place;
@@ -132,6 +132,7 @@ void Piece::convert(std::byte* read_range, const Memory& memory, uint64_t conver
     }
     into.copy_(plain);
   }
+  convert_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 }
 
 void Piece::attach() {
@@ -148,22 +149,25 @@ void Piece::detach() noexcept {
 
 std::vector<Piece> make_pieces(const std::string& name,
                                const std::vector<weights::BoundSlot>& slots, at::Device device,
-                               uint64_t piece_bytes) {
+                               uint64_t piece_bytes, bool packed) {
+  auto source_of = [&](size_t i) -> const weights::StoredTensor& {
+    return packed && slots[i].packed ? *slots[i].packed : slots[i].source;
+  };
   std::vector<size_t> by_offset(slots.size());
   std::iota(by_offset.begin(), by_offset.end(), 0);
   std::sort(by_offset.begin(), by_offset.end(), [&](size_t a, size_t b) {
-    const auto &left = slots[a].source, &right = slots[b].source;
+    const auto &left = source_of(a), &right = source_of(b);
     return std::tuple(left.file.get(), left.offset) < std::tuple(right.file.get(), right.offset);
   });
   std::vector<Piece> pieces;
   std::optional<Builder> builder;
   for (size_t i : by_offset) {
-    if (builder && builder->read_bytes() + slots[i].source.size_bytes > piece_bytes) {
+    if (builder && builder->read_bytes() + source_of(i).size_bytes > piece_bytes) {
       pieces.push_back(builder->finish());
       builder.reset();
     }
     if (!builder) builder.emplace(name, device);
-    builder->add(slots[i]);
+    builder->add(slots[i], source_of(i));
   }
   if (builder) pieces.push_back(builder->finish());
   return pieces;

@@ -82,6 +82,7 @@ struct Piece {
   Fence arrived;
   std::exception_ptr error;
   std::chrono::steady_clock::time_point started, copied;
+  double convert_s = 0;           // what convert() took the last time
   std::vector<at::Tensor> views;  // one a slot, while here
 
   // What the piece takes of the arena while it is here.
@@ -89,14 +90,15 @@ struct Piece {
   // What it takes there while it arrives.
   uint64_t arriving_footprint(bool on_accelerator) const;
   // Casts, decodes and aligns what has to be; host memory both.
-  void convert(std::byte* read_range, const Memory& memory, uint64_t convert_range) const;
+  void convert(std::byte* read_range, const Memory& memory, uint64_t convert_range);
   void attach();
   void detach() noexcept;
 };
 
-// Cuts a group into pieces of about `piece_bytes`, slots in the order of the files.
+// Cuts a group into pieces of about `piece_bytes`, slots in the order of the files. `packed`: read
+// from their packs the slots that have one.
 std::vector<Piece> make_pieces(const std::string& name,
                                const std::vector<weights::BoundSlot>& slots, at::Device device,
-                               uint64_t piece_bytes);
+                               uint64_t piece_bytes, bool packed = false);
 
 }  // namespace ferry::offload

@@ -97,6 +97,13 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root,
   return binding;
 }
 
+void offer_pack(Binding& binding, const Checkpoint& pack) {
+  for (BoundSlot& bound : binding.slots) {
+    const StoredTensor* stored = pack.find(bound.source.key);
+    if (stored && stored->encoding) bound.packed = *stored;
+  }
+}
+
 namespace {
 
 std::byte* bytes_of(const at::Tensor& tensor) {
@@ -181,9 +188,10 @@ void load_resident(Binding& binding, io::ReadEngine& engine, const StopToken& st
     for (BoundSlot& bound : binding.slots) {
       if (!is_stub(bound.slot.tensor)) continue;
       if (pending.size() == kWindow) finish_oldest();
-      ReadPlace place(bound.source);
-      io::ReadRequest request{bound.source.file, bound.source.offset, bound.source.size_bytes,
-                              bound.source.size_bytes, place.data()};
+      const StoredTensor& from = bound.packed ? *bound.packed : bound.source;
+      ReadPlace place(from);
+      io::ReadRequest request{from.file, from.offset, from.size_bytes, from.size_bytes,
+                              place.data()};
       std::vector<io::ReadRequest> requests;
       if (request.size_bytes > 0) requests.push_back(request);
       pending.push_back({&bound, std::move(place), engine.submit(std::move(requests))});

@@ -20,9 +20,17 @@ struct BoundSlot {
   Slot slot;
   // The stored tensor: its dtype may differ from the slot's, then reading casts.
   StoredTensor source;
+  // The same weight in a lossless pack: who streams may read that instead, where it is faster.
+  std::optional<StoredTensor> packed = {};
   // What load_resident() gave the slot, to notice a change: its storage and version.
   c10::weak_intrusive_ptr<c10::StorageImpl> read_storage{c10::intrusive_ptr<c10::StorageImpl>()};
   uint32_t read_version = 0;
+
+  // The weight changed: `changed` holds it from now on, and no pack does.
+  void set_source(StoredTensor changed) {
+    source = std::move(changed);
+    packed.reset();
+  }
 };
 
 // Whether the slot holds what load_resident() read, unchanged.
@@ -49,9 +57,12 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root,
                               std::shared_ptr<const Checkpoint> checkpoint,
                               const BindOptions& options = {});
 
+// Notes where `pack`, a lossless pack of the binding's checkpoint, holds the weights encoded.
+void offer_pack(Binding& binding, const Checkpoint& pack);
+
 // Reads the slots that are still stubs, each into memory of its own (the resident way), casting
-// where stored and wanted dtype differ. Throws IoError, and Cancelled between two tensors after a
-// stop; slots read by then keep their weights.
+// where stored and wanted dtype differ, from the pack where there is one. Throws IoError, and
+// Cancelled between two tensors after a stop; slots read by then keep their weights.
 void load_resident(Binding& binding, io::ReadEngine& engine, const StopToken& stop = {});
 
 // One weight, read into memory of its own, as the slot's dtype; the slot itself is not touched.
