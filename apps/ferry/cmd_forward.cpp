@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <regex>
+#include <set>
 
 #include "command.h"
 #include "ferry/base/error.h"
@@ -119,7 +120,11 @@ int run_forward(const ForwardOptions& options, Context& context) {
   auto start = Clock::now();
   std::shared_ptr<models::Model> model =
       models::load_model(options.folder, load, options.class_name);
-  const auto& files = model->binding()->checkpoint->files();
+  std::set<std::shared_ptr<const io::File>> files;
+  for (const weights::BoundSlot& bound : model->binding()->slots) {
+    files.insert(bound.source.file);
+    if (bound.packed) files.insert(bound.packed->file);
+  }
   auto drop_cache = [&] {
     for (const auto& file : files) file->drop_cache();
   };

@@ -8,6 +8,11 @@ whether the outputs are equal; --json FILE keeps the figures.
 
 --memory-limit 1229MiB runs each process in a memory cgroup of that size (v1 or v2, as root); one that
 the kernel kills is reported as killed. Python then loads by mapping, since the whole model would not fit.
+
+A mode ferry_512 streams under 512 MiB; _io500 behind it reads at most 500 MB/s, and _packs from a lossless
+pack, which `ferry pack` has to have made of --model:
+
+  run.py --model DIR --threads 2 --tokens 256+64 --repeat 9 --modes ferry_512_io500 ferry_512_io500_packs
 """
 import argparse
 import json
@@ -82,6 +87,12 @@ class MemoryLimit:
             os.rmdir(self.folder)
 
 
+def steady(run):
+    """Forwards after the first, and after those in which the engine tries what is fastest."""
+    seconds = run["forward_seconds"]
+    return seconds[1:] if len(seconds) < 8 else seconds[5:]
+
+
 def failure(done):
     return {"error": "killed, out of memory" if done.returncode == -9 else done.stderr[-500:]}
 
@@ -107,8 +118,11 @@ def run_mode(mode, model, inputs, threads, work, limit):
     stats = os.path.join(work, "stats.json")
     command = [args.ferry, "forward", model, "--inputs", inputs, "--output", out, "--threads", str(threads),
                "--repeat", str(args.repeat), "--stats", stats]
-    if mode != "ferry":
-        command += ["--weights-memory", mode.split("_")[1] + "MiB", "--cold"]
+    memory, *more = mode.split("_")[1:] or [None]
+    if memory:
+        command += ["--weights-memory", memory + "MiB", "--cold"]
+    for option in more:
+        command += ["--use-packs"] if option == "packs" else ["--io-limit", option[2:] + "MB/s"]
     done = limit.run(command, env)
     if done.returncode:
         return failure(done)
@@ -145,8 +159,8 @@ def main():
                         row["modes"][mode] = runs[0] if runs else {}
                         continue
                     row["modes"][mode] = {
-                        "median_s": statistics.median(statistics.median(r["forward_seconds"][1:]) for r in good),
-                        "min_s": min(min(r["forward_seconds"][1:]) for r in good),
+                        "median_s": statistics.median(statistics.median(steady(r)) for r in good),
+                        "min_s": min(min(steady(r)) for r in good),
                         "first_s": statistics.median(r["forward_seconds"][0] for r in good),
                         "peak_rss_mib": max(r["peak_rss_bytes"] for r in good) >> 20,
                     }
@@ -179,7 +193,8 @@ def print_row(row):
                   f"  peak {figure['peak_rss_mib']} MiB  difference {row['difference_to_ferry_resident'].get(mode, 0):.1e}")
         else:
             print(f"  {mode:12} {json.dumps(figure)[:400]}")
-    for ours, theirs in (("ferry", "py_resident"), ("ferry_512", "py_hook"), ("ferry_512", "py_group")):
+    for ours, theirs in (("ferry", "py_resident"), ("ferry_512", "py_hook"), ("ferry_512", "py_group"),
+                         ("ferry_512_io500", "ferry_512_io500_packs"), ("ferry_512", "ferry_512_packs")):
         if "median_s" in modes.get(ours, {}) and "median_s" in modes.get(theirs, {}):
             print(f"  {theirs} / {ours} = {modes[theirs]['median_s'] / modes[ours]['median_s']:.2f}")
 

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "ferry/base/error.h"
@@ -196,6 +197,12 @@ void Client::adopt_plan_locked(Plan plan) {
   }
 }
 
+void Client::note_compute_locked(Clock::time_point until) {
+  if (computing_)
+    computing_->compute_s += std::chrono::duration<double>(until - computing_since_).count();
+  computing_ = nullptr;
+}
+
 void Client::measure_pass_locked() {
   // The first pass pays for pages that are touched for the first time.
   constexpr int kMeasured = 2;
@@ -225,10 +232,17 @@ void Client::measure_pass_locked() {
     log::debug("{}: a step takes {} from the pack, {} from the checkpoint", name_,
                format_duration(measured_[true].pass_s), format_duration(measured_[false].pass_s));
   }
-  // On an accelerator a lease's time is the host's, not the device's. And where nobody had to wait
-  // the plan serves.
-  if (engine_.options_.device.is_cpu() && measured_[reads_packs_].disk_bytes_per_s > 0)
+  // On an accelerator a lease's time is the host's, not the device's.
+  if (!engine_.options_.device.is_cpu()) return;
+  const Measured& chosen = measured_[reads_packs_];
+  if (chosen.disk_bytes_per_s > 0) {
     plan_by_time_locked();
+  } else {  // nobody had to wait: the plan serves
+    Prediction& prediction = plan_.prediction;
+    prediction.compute_s = std::reduce(chosen.compute_s.begin(), chosen.compute_s.end());
+    prediction.step_s = prediction.compute_s;
+    prediction.bound = Bound::compute;
+  }
 }
 
 bool Client::should_try_checkpoint_locked() const {
@@ -288,17 +302,38 @@ void Client::report_plan_locked() {
 }
 
 uint64_t Client::assign_host_homes_locked(uint64_t budget) {
-  uint64_t taken = 0;
-  for (auto& state : states_) {
-    for (Piece& piece : state->pieces) {
-      if (piece.staged) continue;
-      const uint64_t bytes = (piece.all_converted ? 0 : Arena::round_up(piece.read_bytes)) +
-                             Arena::round_up(piece.convert_bytes);
-      // While it is filled it also takes what it is converted from.
-      piece.host_home = state->placement == Placement::streamed && taken + bytes <= budget;
-      if (piece.host_home) taken += bytes;
-    }
+  auto bytes_of = [](const Piece& piece) {
+    return (piece.all_converted ? 0 : Arena::round_up(piece.read_bytes)) +
+           Arena::round_up(piece.convert_bytes);
+  };
+  uint64_t wanted = 0;
+  for (const auto& state : states_) {
+    if (state->placement == Placement::resident) continue;
+    for (const Piece& piece : state->pieces) wanted += piece.staged ? 0 : bytes_of(piece);
   }
+  // Spread evenly, so that the disk has the whole step for the rest.
+  const double share = std::min(
+      1.0, static_cast<double>(budget) / static_cast<double>(std::max<uint64_t>(wanted, 1)));
+  double account = 0;
+  uint64_t taken = 0;
+  auto assign = [&](bool fill) {
+    for (auto& state : states_) {
+      for (Piece& piece : state->pieces) {
+        if (piece.staged) continue;
+        if (!fill) piece.host_home = false;
+        if (piece.host_home || state->placement == Placement::resident) continue;
+        const uint64_t bytes = bytes_of(piece);
+        account += share * static_cast<double>(bytes);
+        if (taken + bytes > budget || (!fill && account < 0.5 * static_cast<double>(bytes)))
+          continue;
+        piece.host_home = true;
+        account -= static_cast<double>(bytes);
+        taken += bytes;
+      }
+    }
+  };
+  assign(/*fill=*/false);
+  assign(/*fill=*/true);
   return taken;
 }
 
@@ -339,7 +374,8 @@ void Client::begin_pass() {
     engine_.apply_reservations_locked();
     if (pass_depth_++ > 0) return;
     recording_.clear();
-    pass_began_ = Clock::now();
+    pass_began_ = computing_since_ = Clock::now();
+    computing_ = nullptr;
     for (auto& state : states_) {
       state->used_in_pass = false;
       state->compute_s = 0;
@@ -369,6 +405,7 @@ void Client::end_pass(bool completed) {
                      order_is_guess_ ? "registration order" : "last pass");
           adopt_order_locked(std::move(recording_));
         }
+        note_compute_locked(Clock::now());
         measure_pass_locked();
         order_is_guess_ = false;
         for (auto& state : states_) state->used_in_pass = false;
@@ -709,6 +746,7 @@ Lease Client::lease(size_t group) {
     ++report.leases;
     state.leases = 1;  // holds it against eviction
     const auto began = Clock::now();
+    note_compute_locked(began);
     bool waited = false;
     const bool asked_for = state.is_absent() && !state.pieces.empty();
     try {
@@ -737,7 +775,8 @@ Lease Client::lease(size_t group) {
     if (Trace* trace = engine_.options_.trace; trace && waited)
       trace->complete("wait", state.group.name, began, ended, "waits");
     state.used_in_pass = true;
-    state.leased_at = ended;
+    state.leased_at = computing_since_ = ended;
+    computing_ = &state;
     if (followers_ > 0 && !following_) {
       state.predicted += static_cast<int>(followers_);
       for (size_t i = 0; i < followers_; ++i) pending_.push_front({group, 0, 0, true});
@@ -756,7 +795,6 @@ void Client::release(size_t group) noexcept {
     std::lock_guard lock(engine_.mutex_);
     State& state = *states_[group];
     if (--state.leases == 0) {
-      state.compute_s += std::chrono::duration<double>(Clock::now() - state.leased_at).count();
       if (Trace* trace = engine_.options_.trace) {
         trace->complete("compute", state.group.name, state.leased_at, Clock::now(), "compute");
       }

@@ -21,7 +21,7 @@ struct Client::State {
   int leases = 0;
   int predicted = 0;  // entries of pending_
   bool used_in_pass = false;
-  double compute_s = 0;                             // under lease in this pass
+  double compute_s = 0;  // in this pass, from when it was leased until another was asked for
   std::vector<uint32_t> versions;                   // of the slots when they were attached
   std::chrono::steady_clock::time_point leased_at;  // of the outermost lease
 

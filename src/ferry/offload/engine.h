@@ -287,6 +287,8 @@ class Client {
   // After a pass: with its times, the groups that are read soon after one another for little
   // compute turn out to be the ones to keep.
   void measure_pass_locked();
+  // Ends the account of the group that was leased last.
+  void note_compute_locked(std::chrono::steady_clock::time_point until);
   void plan_by_time_locked();
   // Whether the checkpoint itself may be faster than its pack: has to be tried to know.
   bool should_try_checkpoint_locked() const;
@@ -341,7 +343,8 @@ class Client {
   bool reads_packs_ = false;
   bool plans_by_time_ = false;  // with measured_[reads_packs_]
   int measured_passes_ = 0;
-  std::chrono::steady_clock::time_point pass_began_;
+  std::chrono::steady_clock::time_point pass_began_, computing_since_;
+  State* computing_ = nullptr;  // since computing_since_: the group that was leased last
 
   std::vector<size_t> order_;
   bool order_is_guess_ = true;

@@ -144,7 +144,9 @@ bool Search::fit(Candidate& candidate) const {
   }
   if (taken + largest > options_.budget_bytes) return false;
   const uint64_t spare = (options_.budget_bytes - taken) / Arena::kAlignment * Arena::kAlignment;
-  candidate.arena_bytes = std::min(spare, all);
+  // More than all of them together is of use only against the holes that a ring of unlike sizes
+  // has.
+  candidate.arena_bytes = std::min(spare, all + largest);
   return candidate.arena_bytes >= largest;
 }
 
