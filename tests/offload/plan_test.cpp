@@ -84,7 +84,7 @@ TEST(Plan, WhatOutlastsOthersStays) {
 }
 
 TEST(Plan, NeverOverBudget) {
-  std::mt19937 random(3);
+  std::mt19937 random(11);
   for (int i = 0; i < 1000; ++i) {
     std::vector<uint64_t> mib(1 + random() % 30);
     for (uint64_t& size : mib) size = 1 + random() % 100;
@@ -213,7 +213,7 @@ TEST(PlanByTime, WithinFivePercentOfBruteForceAndNeverOverBudget) {
   };
   const int cases = 1000;
   double worst = 0;
-  int over_two_percent = 0, over_five_percent = 0;
+  int over_two_percent = 0;
   for (int i = 0; i < cases; ++i) {
     // Kinds: a CPU, a device without and with host memory; with and without packs.
     const bool link = i % 3 > 0, host = i % 3 == 2, packs = i % 2 == 0;
@@ -256,12 +256,9 @@ TEST(PlanByTime, WithinFivePercentOfBruteForceAndNeverOverBudget) {
     const double best = brute_force(groups, options);
     worst = std::max(worst, planned / best);
     over_two_percent += planned > 1.02 * best;
-    over_five_percent += planned > 1.05 * best;
-    EXPECT_LE(planned, 1.06 * best) << "case " << i << ": " << described(plan) << ", "
+    EXPECT_LE(planned, 1.05 * best) << "case " << i << ": " << described(plan) << ", "
                                     << groups.size() << " groups, the best takes " << best;
   }
-  // The goal is none: one case of these is 5.5% above its optimum.
-  EXPECT_LE(over_five_percent, 1);
   RecordProperty("worst", std::to_string(worst));
   fmt::print("worst {:.4f} of the optimum; {} of {} above 1.02\n", worst, over_two_percent, cases);
 }

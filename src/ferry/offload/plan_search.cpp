@@ -19,6 +19,7 @@ constexpr int64_t kSimulatedUses = 1'000'000;
 constexpr double kGoodEnough = 1.01;
 constexpr int kKicks = 40;
 constexpr size_t kFew = 10;
+constexpr size_t kStarts = 4, kStartsOfFew = 16;
 
 uint64_t host_need(const GroupCost& group) {
   return group.host_bytes ? group.host_bytes : group.size_bytes;
@@ -276,8 +277,16 @@ void Search::consider(Candidate candidate) {
   auto place =
       std::upper_bound(starts_.begin(), starts_.end(), candidate,
                        [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
+  const bool known = std::any_of(starts_.begin(), starts_.end(), [&](const Candidate& start) {
+    return start.placements == candidate.placements && start.homes == candidate.homes;
+  });
+  if (known) return;
   starts_.insert(place, std::move(candidate));
-  if (starts_.size() > 4) starts_.pop_back();
+  if (starts_.size() > (is_few() ? kStartsOfFew : kStarts)) starts_.pop_back();
+}
+
+bool Search::is_few() const {
+  return movable_.size() <= kFew;
 }
 
 bool Search::good_enough() const {
@@ -408,9 +417,9 @@ void Search::improve(Candidate candidate, int evaluations, uint32_t& random) {
   }
 }
 
-// From the best: every change of one group and of every two, until none of them helps. For few
-// groups, where a random move may miss the one that does.
-void Search::polish() {
+// Every change of one group and of every two, until none of them helps. For few groups, where a
+// random move may miss the one that does.
+void Search::polish(Candidate current) {
   std::vector<std::pair<Placement, Home>> choices = {{Placement::resident, Home::disk},
                                                      {Placement::streamed, Home::disk}};
   if (options_.rates.has_link() && options_.host_budget_bytes > 0)
@@ -424,7 +433,7 @@ void Search::polish() {
   };
   for (bool improved = true; improved && !good_enough();) {
     improved = false;
-    const Candidate from = best_;
+    const Candidate from = current;
     for (size_t a = 0; a < movable_.size(); ++a) {
       for (size_t b = a; b < movable_.size(); ++b) {
         for (size_t k = 0; k < choices.size() * choices.size(); ++k) {
@@ -435,8 +444,9 @@ void Search::polish() {
           if (!set(changed, movable_[a], choices[k % choices.size()]) ||
               (a != b && !set(changed, movable_[b], choices[k / choices.size()])))
             continue;
-          if (!evaluate(changed) || changed.score >= best_.score * (1 - 1e-6)) continue;
-          best_ = std::move(changed);
+          if (!evaluate(changed) || changed.score >= current.score * (1 - 1e-6)) continue;
+          current = std::move(changed);
+          if (current.score < best_.score) best_ = current;
           improved = true;
         }
       }
@@ -449,11 +459,17 @@ Candidate Search::best() {
   if (!good_enough()) {
     const Candidate even = best_;
     const std::vector<Candidate> starts = starts_;
-    const int share = evaluations_left_ / 2 / static_cast<int>(starts.size()) + 1;
+    const size_t improved = std::min(starts.size(), kStarts);
+    const int share = evaluations_left_ / 2 / static_cast<int>(improved) + 1;
     uint32_t random = 2463534242u;
-    for (const Candidate& candidate : starts) improve(candidate, share, random);
-    const bool few = movable_.size() <= kFew;
-    if (few) polish();
+    for (size_t i = 0; i < improved; ++i) improve(starts[i], share, random);
+    const bool few = is_few();
+    if (few) polish(best_);
+    // With few groups the best plan can lie far from the best start: a larger arena and hardly a
+    // resident, or packs and the staging that comes with them.
+    for (const Candidate& candidate : starts) {
+      if (few) polish(candidate);
+    }
     // Then from the best of them after a few blind changes, which leads out of what no single
     // change can leave.
     for (int kick = 0; evaluations_left_ > 0 && !good_enough() && kick < kKicks; ++kick) {
@@ -464,7 +480,7 @@ Candidate Search::best() {
       }
       const double before = best_.score;
       if (evaluate(kicked)) improve(std::move(kicked), share, random);
-      if (few && best_.score < before) polish();
+      if (few && best_.score < before) polish(best_);
     }
     if (even.score <= kGoodEnough * best_.score) best_ = even;
   }

@@ -49,7 +49,7 @@ class Search {
   void start();
   void consider(Candidate candidate);
   void improve(Candidate candidate, int evaluations, uint32_t& random);
-  void polish();
+  void polish(Candidate current);
   bool mutate(Candidate& candidate, uint32_t& random, const std::vector<double>& stalls) const;
   double lower_bound() const;
   bool good_enough() const;
@@ -59,6 +59,7 @@ class Search {
   Simulator simulator_;
   std::vector<size_t> movable_;  // groups that need not stay
   double lower_bound_ = 0;
+  bool is_few() const;
   std::vector<Candidate> starts_;  // by score
   Candidate best_;
   int evaluations_left_ = 0;
