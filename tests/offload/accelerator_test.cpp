@@ -5,8 +5,11 @@
 #include <stdlib.h>
 
 #include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
 
 #include "ferry/base/error.h"
+#include "ferry/base/trace.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/offload/engine.h"
 #include "ferry/offload/out_of_memory.h"
@@ -121,6 +124,30 @@ TEST_F(AcceleratorTest, StreamsFromDiskAndFromHostMemoryBitForBit) {
       }
     }
   }
+}
+
+// Else the disk would have nothing to do while the groups from host memory pass.
+TEST_F(AcceleratorTest, GroupsInHostMemoryAreSpreadOverTheStep) {
+  put_input();
+  constexpr uint64_t kGroup = 40 << 10;
+  Trace trace;
+  EngineOptions options = AcceleratorTest::options(80 << 10, (kGroups + kGroups / 2) * kGroup);
+  options.trace = &trace;
+  Engine engine(options);
+  Client client(engine, "model", groups());
+  for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(right(enqueue(client)));
+  const auto events = nlohmann::json::parse(trace.to_json()).at("traceEvents");
+  std::map<std::string, int> reads;
+  for (const auto& event : events)
+    if (event.value("cat", "") == "read") ++reads[event.at("name")];
+  size_t in_host_memory = 0;
+  for (size_t i = 0; i < kGroups; ++i) {
+    const bool here = reads["w" + std::to_string(i)] == 1;
+    const bool before = i > 0 && reads["w" + std::to_string(i - 1)] == 1;
+    in_host_memory += here;
+    EXPECT_FALSE(here && before) << "w" << i;
+  }
+  EXPECT_GE(in_host_memory, kGroups / 2 - 1);
 }
 
 TEST_F(AcceleratorTest, TheHostWaitsForNothingOnTheDevice) {

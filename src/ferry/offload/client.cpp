@@ -139,7 +139,7 @@ Plan Client::make_plan_locked() const {
   if (engine_.options_.preferred_arena_bytes > 0)
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
   if (plans_by_time_) {
-    options.rates.disk_bytes_per_s = measured.disk_bytes_per_s;
+    options.rates.disk_bytes_per_s = measured_[reads_packs_].disk_bytes_per_s;
     // The arena is not made anew for it.
     if (engine_.carrier_)
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
