@@ -35,7 +35,7 @@ struct ForwardOptions {
                                                      stats, trace;
   std::string offload_type = "leaf_level";
   std::vector<std::string> arguments;
-  std::optional<uint64_t> weights_memory, io_limit;
+  std::optional<uint64_t> weights_memory, host_memory, io_limit;
   std::optional<int> threads;
   int repeat = 1;
   std::string pack;
@@ -136,6 +136,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
     offload::EngineOptions engine_options;
     engine_options.device = device;
     engine_options.weights_memory_bytes = *options.weights_memory;
+    engine_options.host_memory_bytes = options.host_memory.value_or(0);
     engine_options.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
     engine_options.stop = context.stop;
     if (!options.trace.empty()) engine_options.trace = &trace;
@@ -243,6 +244,9 @@ Command add_forward(CLI::App& app) {
   add_tensor_files(command, options->inputs, options->output);
   add_bytes(command, "--weights-memory", options->weights_memory,
             "stream the weights under this budget, e.g. 512MiB [default: all in memory]");
+  add_bytes(command, "--host-memory", options->host_memory,
+            "pinned host memory on an accelerator, for staging and for weights that then need no "
+            "disk");
   command->add_option("--dtype", options->dtype, "fp32, bf16 or fp16 [default: as stored]")
       ->type_name("DTYPE");
   add_device(command, options->device);
