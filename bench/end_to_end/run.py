@@ -8,6 +8,8 @@ whether the outputs are equal; --json FILE keeps the figures.
 
 --memory-limit 1229MiB runs each process in a memory cgroup of that size (v1 or v2, as root); one that
 the kernel kills is reported as killed. Python then loads by mapping, since the whole model would not fit.
+--disk-rate 1300MB/s holds the disk to that rate for every process alike (as root; cgroup v1 blkio or v2 io):
+what streaming gains depends on how long reading takes beside computing, and disks differ.
 
 A mode ferry_512 streams under 512 MiB; _io500 behind it reads at most 500 MB/s, and _packs from a lossless
 pack, which `ferry pack` has to have made of --model:
@@ -36,6 +38,7 @@ parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--repeat", type=int, default=4)
 parser.add_argument("--modes", nargs="*", default=["ferry", "py_resident", "ferry_512", "py_hook", "py_group", "limit"])
 parser.add_argument("--memory-limit", help="bytes, or with MiB or GiB")
+parser.add_argument("--disk-rate", help="bytes a second, or with MB/s")
 parser.add_argument("--json")
 args = parser.parse_args()
 
@@ -56,35 +59,50 @@ save_file(dict(hidden_states=torch.randn(1, {image}, 64), encoder_hidden_states=
     subprocess.run([args.python, "-c", script], check=True)
 
 
-class MemoryLimit:
-    """A memory cgroup for the processes that are started with `prefix`; no limit if `size` is None."""
+class Limits:
+    """A cgroup for the processes that are run with it: so much memory, so fast a disk below `folder`."""
 
-    def __init__(self, size):
-        self.folder = None
-        if not size:
-            return
-        units = {"MiB": 1 << 20, "GiB": 1 << 30}
-        size = int(float(size[:-3]) * units[size[-3:]]) if size[-3:] in units else int(size)
+    def __init__(self, memory, disk_rate, folder):
+        self.memory_is_limited = bool(memory)
+        self.folders = []
         old = os.path.isdir("/sys/fs/cgroup/memory")
-        self.folder = f"/sys/fs/cgroup/{'memory/' if old else ''}ferry-bench-{os.getpid()}"
-        os.mkdir(self.folder)
-        self.write("memory.limit_in_bytes" if old else "memory.max", size)
-        swap = "memory.swappiness" if old else "memory.swap.max"
-        if os.path.exists(os.path.join(self.folder, swap)):
-            self.write(swap, 0)
+        if memory:
+            units = {"MiB": 1 << 20, "GiB": 1 << 30}
+            size = int(float(memory[:-3]) * units[memory[-3:]]) if memory[-3:] in units else int(memory)
+            self.make("memory" if old else "")
+            self.write("memory.limit_in_bytes" if old else "memory.max", size)
+            swap = "memory.swappiness" if old else "memory.swap.max"
+            if os.path.exists(os.path.join(self.folders[-1], swap)):
+                self.write(swap, 0)
+        if disk_rate:
+            rate = int(float(disk_rate[:-4]) * 1e6) if disk_rate.endswith("MB/s") else int(disk_rate)
+            device = os.stat(folder).st_dev
+            disk = f"{os.major(device)}:{os.minor(device)}"
+            self.make("blkio" if old else "")
+            if old:
+                self.write("blkio.throttle.read_bps_device", f"{disk} {rate}")
+            else:
+                self.write("io.max", f"{disk} rbps={rate}")
+
+    def make(self, controller):
+        folder = os.path.join("/sys/fs/cgroup", controller, f"ferry-bench-{os.getpid()}")
+        if folder not in self.folders:
+            os.mkdir(folder)
+            self.folders.append(folder)
 
     def write(self, name, value):
-        with open(os.path.join(self.folder, name), "w") as handle:
+        with open(os.path.join(self.folders[-1], name), "w") as handle:
             handle.write(str(value))
 
     def run(self, command, env):
-        if self.folder:
-            command = ["sh", "-c", f'echo $$ > {self.folder}/cgroup.procs && exec "$@"', "sh", *command]
+        if self.folders:
+            enter = "".join(f"echo $$ > {folder}/cgroup.procs && " for folder in self.folders)
+            command = ["sh", "-c", enter + 'exec "$@"', "sh", *command]
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
     def remove(self):
-        if self.folder:
-            os.rmdir(self.folder)
+        for folder in self.folders:
+            os.rmdir(folder)
 
 
 def steady(run):
@@ -97,7 +115,7 @@ def failure(done):
     return {"error": "killed, out of memory" if done.returncode == -9 else done.stderr[-500:]}
 
 
-def run_mode(mode, model, inputs, threads, work, limit):
+def run_mode(mode, model, inputs, threads, work, limits):
     out = os.path.join(work, mode + ".safetensors")
     env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     if mode.startswith("py_"):
@@ -106,14 +124,14 @@ def run_mode(mode, model, inputs, threads, work, limit):
                    "--output", out, "--threads", str(threads), "--repeat", str(args.repeat)]
         if mode != "py_resident":
             command.append("--cold")
-        if limit.folder:
+        if limits.memory_is_limited:
             command.append("--mmap")
-        done = limit.run(command, env)
+        done = limits.run(command, env)
         if done.returncode:
             return failure(done)
         return json.loads(done.stdout.strip().splitlines()[-1])
     if mode == "limit":
-        done = limit.run([args.limit, model, inputs, "512MiB", str(threads), "5", "3"], env)
+        done = limits.run([args.limit, model, inputs, "512MiB", str(threads), "5", "3"], env)
         return json.loads(done.stdout) if done.returncode == 0 else failure(done)
     stats = os.path.join(work, "stats.json")
     command = [args.ferry, "forward", model, "--inputs", inputs, "--output", out, "--threads", str(threads),
@@ -123,7 +141,7 @@ def run_mode(mode, model, inputs, threads, work, limit):
         command += ["--weights-memory", memory + "MiB", "--cold"]
     for option in more:
         command += ["--use-packs"] if option == "packs" else ["--io-limit", option[2:] + "MB/s"]
-    done = limit.run(command, env)
+    done = limits.run(command, env)
     if done.returncode:
         return failure(done)
     with open(stats) as handle:
@@ -134,7 +152,7 @@ def main():
     work = tempfile.mkdtemp(prefix="ferry-bench.", dir=os.environ.get("TMPDIR", "/tmp"))
     model = args.model or os.path.join(work, "flux-2gb")
     results = []
-    limit = MemoryLimit(args.memory_limit)
+    limits = Limits(args.memory_limit, args.disk_rate, args.model or work)
     try:
         if not args.model:
             subprocess.run([args.ferry, "random", "FluxTransformer2DModel", "--config", "flux-2gb", "--dtype", "bf16",
@@ -149,7 +167,7 @@ def main():
                     for mode in args.modes:
                         if mode == "limit" and index > 0:
                             continue
-                        figures[mode].append(run_mode(mode, model, inputs, threads, work, limit))
+                        figures[mode].append(run_mode(mode, model, inputs, threads, work, limits))
                         print(f"  round {index + 1} {tokens} t{threads} {mode}: {json.dumps(figures[mode][-1])[:300]}",
                               file=sys.stderr)
                 row = {"tokens": tokens, "threads": threads, "modes": {}}
@@ -178,7 +196,7 @@ def main():
                 print_row(row)
     finally:
         subprocess.run(["rm", "-rf", work])
-        limit.remove()
+        limits.remove()
     if args.json:
         with open(args.json, "w") as handle:
             json.dump(results, handle, indent=1)
