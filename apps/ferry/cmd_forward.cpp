@@ -142,6 +142,7 @@ int run_forward(const ForwardOptions& options, Context& context) {
     if (!options.trace.empty()) engine_options.trace = &trace;
     engine = std::make_shared<offload::Engine>(engine_options);
     hooks::GroupOffloadingConfig config;
+    config.unused = model->unused_modules(options.method, arguments);
     if (options.offload_type == "block_level")
       config.offload_type = hooks::OffloadType::block_level;
     offloading = hooks::apply_group_offloading(*model, model->binding(), engine, config,

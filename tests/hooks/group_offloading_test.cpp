@@ -211,14 +211,16 @@ TEST_P(GroupOffloadingTest, LockstepReadsEachGroupOnceForAllPasses) {
     net(ids_, false);
     // A group or two more or less may be on their way at the end of a pass.
     const uint64_t one_pass = bytes() - before + (88 << 10);
-    for (int step = 0; step < 3; ++step) {
-      const uint64_t begin = bytes();
-      at::Tensor a, b;
-      run_lockstep({offloading.get()},
-                   {[&] { a = net(ids_, false); }, [&] { b = net(other_ids, false); }});
-      EXPECT_TRUE(a.equal(expected_));
-      EXPECT_TRUE(b.equal(expected_other));
-      EXPECT_LE(bytes() - begin, one_pass) << "step " << step;
+    for (LockstepTurn turn : {LockstepTurn::group, LockstepTurn::block}) {
+      for (int step = 0; step < 3; ++step) {
+        const uint64_t begin = bytes();
+        at::Tensor a, b;
+        run_lockstep({offloading.get()},
+                     {[&] { a = net(ids_, false); }, [&] { b = net(other_ids, false); }}, turn);
+        EXPECT_TRUE(a.equal(expected_));
+        EXPECT_TRUE(b.equal(expected_other));
+        EXPECT_LE(bytes() - begin, one_pass) << "step " << step;
+      }
     }
     // A pass that leaves layers out costs some of the saving, no more.
     at::Tensor a, b, c;
@@ -237,6 +239,36 @@ TEST_P(GroupOffloadingTest, LockstepReadsEachGroupOnceForAllPasses) {
                  std::exception);
     EXPECT_TRUE(net(ids_, false).equal(expected_));
     offloading->remove();
+  }
+}
+
+// Where passes take turns decides what those that wait hold: a group's activations, or a block's.
+TEST_F(GroupOffloadingTest, LockstepTakesTurnsWhereItIsTold) {
+  auto [net, binding] = load();
+  auto offloading = apply_group_offloading(*net, binding, engine(4 << 20));
+  // Which pass it is, by the size of its batch.
+  class Log : public nn::ModuleHook {
+   public:
+    explicit Log(std::string& into) : into_(into) {}
+    bool wants_outputs() const override { return true; }
+    void outputs(nn::Module&, const std::vector<at::Tensor>& tensors) override {
+      into_ += tensors[0].size(0) == 2 ? 'a' : 'b';
+    }
+
+   private:
+    std::string& into_;
+  };
+  std::string seen;
+  for (const auto& entry : net->named_modules()) {
+    if (entry.key() == "blocks.0.first" || entry.key() == "blocks.0.second")
+      dynamic_cast<nn::Module&>(*entry.value()).add_hook("log", std::make_shared<Log>(seen));
+  }
+  for (auto [turn, expected] :
+       {std::pair{LockstepTurn::group, "abab"}, std::pair{LockstepTurn::block, "aabb"}}) {
+    seen.clear();
+    run_lockstep({offloading.get()},
+                 {[&] { net(ids_, false); }, [&] { net(ids_.narrow(0, 0, 1), false); }}, turn);
+    EXPECT_EQ(seen, expected);
   }
 }
 

@@ -2,8 +2,6 @@
 #include "ferry/models/costs.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -12,27 +10,16 @@
 #include "ferry/models/text_encoders/clip_text_model.h"
 #include "ferry/models/text_encoders/t5_encoder_model.h"
 #include "ferry/models/transformers/transformer_flux.h"
+#include "ferry/testing/allocation_counter.h"
 #include "ferry/weights/slot.h"
 
 namespace ferry::models {
 namespace {
 
-// Bytes that the CPU allocator has given out on this thread while it lives.
-class AllocationCounter : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void*, int64_t alloc_size, size_t, size_t, c10::Device) override {
-    now += alloc_size;
-    peak = std::max(peak, now);
-  }
-  bool memoryProfilingEnabled() const override { return true; }
-  int64_t now = 0, peak = 0;
-};
+using ferry::testing::AllocationCounter;
 
 int64_t peak_of(const std::function<void()>& body) {
-  auto counter = std::make_shared<AllocationCounter>();
-  c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, counter);
-  body();
-  return counter->peak;
+  return AllocationCounter::peak_of(body);
 }
 
 // Small real weights, so that a forward runs.
@@ -154,6 +141,44 @@ TEST(Costs, ActivationsOfFlux) {
   }
 }
 
+// What is alive when a block has ended.
+class BetweenBlocks : public nn::ModuleHook {
+ public:
+  explicit BetweenBlocks(const AllocationCounter& counter) : counter_(counter) {}
+  void after(nn::Module&) override { most = std::max(most, counter_.now); }
+  int64_t most = 0;
+
+ private:
+  const AllocationCounter& counter_;
+};
+
+TEST(Costs, HeldBetweenBlocksOfFlux) {
+  at::NoGradGuard no_grad;
+  for (auto [dtype, size, text] : {std::tuple(at::kFloat, 512, 64), {at::kBFloat16, 512, 256}}) {
+    FluxTransformer2DModel model(flux_config(4, 2, 2));
+    fill(model, dtype);
+    const auto options = at::TensorOptions().dtype(dtype);
+    const int64_t tokens = size / 16 * size / 16;
+    auto counter = std::make_shared<AllocationCounter>();
+    auto hook = std::make_shared<BetweenBlocks>(*counter);
+    for (const auto& block : *model.transformer_blocks) block->add_hook("held", hook);
+    for (const auto& block : *model.single_transformer_blocks) block->add_hook("held", hook);
+    AllocationCounter::count(counter, [&, text = text] {
+      model.call([&] {
+        return model.forward(at::randn({1, tokens, 64}, options),
+                             at::randn({1, text, 4096}, options), at::randn({1, 768}, options),
+                             at::ones({1}, options), at::zeros({tokens, 3}), at::zeros({text, 3}));
+      });
+    });
+    const Workload workload{
+        .height = size, .width = size, .text_tokens = text, .dtype = dtype, .on_cpu = true};
+    check(
+        {fmt::format("flux between blocks, {} + {} tokens {}", tokens, text, c10::toString(dtype)),
+         static_cast<double>(held_bytes(model, workload)), static_cast<double>(hook->most)});
+    EXPECT_LT(held_bytes(model, workload), activation_bytes(model, workload) / 3);
+  }
+}
+
 TEST(Costs, ActivationsOfTheAutoencoder) {
   at::NoGradGuard no_grad;
   AutoencoderKLConfig config = flux_vae_config();
@@ -189,8 +214,7 @@ TEST(Costs, ActivationsOfTextEncoders) {
     fill(model, dtype);
     const Workload workload{.text_tokens = tokens, .dtype = dtype, .on_cpu = true};
     at::Tensor ids = at::ones({1, tokens}, at::kLong);
-    const int64_t peak =
-        peak_of([&] { model.call([&] { return model.forward(ids, {}, {}, false); }); });
+    const int64_t peak = peak_of([&] { model.call([&] { return model.forward(ids); }); });
     check({fmt::format("t5 {} tokens {}", tokens, c10::toString(dtype)),
            static_cast<double>(activation_bytes(model, workload)), static_cast<double>(peak)});
   }

@@ -21,6 +21,7 @@ namespace {
 
 constexpr const char* kPassHook = "group_offloading.pass";
 constexpr const char* kLeaseHook = "group_offloading.lease";
+constexpr const char* kTurnHook = "group_offloading.turn";
 
 // On the root: one run of the component is one pass of the engine.
 class PassHook : public nn::ModuleHook {
@@ -48,8 +49,9 @@ class PassHook : public nn::ModuleHook {
 // On a module that needs groups while it runs. A module may be entered again from within itself.
 class LeaseHook : public nn::ModuleHook {
  public:
-  LeaseHook(offload::Client& client, std::vector<size_t> groups)
-      : client_(client), groups_(std::move(groups)) {}
+  LeaseHook(offload::Client& client, std::vector<size_t> groups,
+            std::shared_ptr<const LockstepTurn> turn)
+      : client_(client), groups_(std::move(groups)), turn_(std::move(turn)) {}
 
   void before(nn::Module&) override {
     std::vector<offload::Lease> leases;
@@ -59,7 +61,7 @@ class LeaseHook : public nn::ModuleHook {
   void after(nn::Module&) override {
     held_.pop_back();
     // In lockstep the other passes use these groups now (lockstep.h).
-    Fiber::yield();
+    if (*turn_ == LockstepTurn::group) Fiber::yield();
   }
   void failed(nn::Module&) noexcept override { held_.pop_back(); }
   bool wants_recompute() const override { return true; }
@@ -75,7 +77,20 @@ class LeaseHook : public nn::ModuleHook {
  private:
   offload::Client& client_;
   std::vector<size_t> groups_;
+  std::shared_ptr<const LockstepTurn> turn_;
   std::vector<std::vector<offload::Lease>> held_;
+};
+
+// On a block: in lockstep the other passes run it now.
+class TurnHook : public nn::ModuleHook {
+ public:
+  explicit TurnHook(std::shared_ptr<const LockstepTurn> turn) : turn_(std::move(turn)) {}
+  void after(nn::Module&) override {
+    if (*turn_ == LockstepTurn::block) Fiber::yield();
+  }
+
+ private:
+  std::shared_ptr<const LockstepTurn> turn_;
 };
 
 struct Entry {
@@ -111,6 +126,7 @@ class Grouping {
     binding_ = &binding;
     check_names(config.exclude, "exclude");
     check_names(config.block_modules, "block_modules");
+    check_names(config.unused, "unused");
     for (const Entry& entry : entries_) {
       const bool out =
           std::any_of(config_.exclude.begin(), config_.exclude.end(),
@@ -127,6 +143,30 @@ class Grouping {
   std::vector<std::pair<nn::Module*, std::vector<size_t>>> leases;
   std::vector<const weights::BoundSlot*> excluded;
   std::vector<std::pair<nn::Embedding*, const weights::BoundSlot*>> tables;
+
+  // The blocks of the outermost ModuleLists.
+  std::vector<nn::Module*> blocks() const {
+    std::vector<nn::Module*> found;
+    std::string outer;
+    for (const Entry& entry : entries_) {
+      if (!dynamic_cast<const nn::ModuleListBase*>(entry.holder)) continue;
+      if (!outer.empty() && is_below(entry.name, outer)) continue;
+      outer = entry.name;
+      for (const auto& child : entry.holder->children()) {
+        if (auto* block = dynamic_cast<nn::Module*>(child.get())) found.push_back(block);
+      }
+    }
+    return found;
+  }
+
+  // Whether calls are said not to use the module.
+  bool unused(const nn::Module* module) const {
+    return std::any_of(entries_.begin(), entries_.end(), [&](const Entry& entry) {
+      return entry.holder == module &&
+             std::any_of(config_.unused.begin(), config_.unused.end(),
+                         [&](const std::string& name) { return is_below(entry.name, name); });
+    });
+  }
 
   std::optional<size_t> group_of(const weights::BoundSlot& slot) const {
     auto group = group_of_.find(static_cast<size_t>(&slot - binding_->slots.data()));
@@ -316,6 +356,7 @@ void GroupOffloading::remove() {
   for (nn::Module* module : hooked_) {
     module->remove_hook(kLeaseHook);
     module->remove_hook(kPassHook);
+    module->remove_hook(kTurnHook);
   }
   hooked_.clear();
   for (nn::Module* module : row_sources_)
@@ -397,6 +438,15 @@ offload::Lease GroupOffloading::lease(const std::string& name) {
   return group->second ? client_->lease(*group->second) : offload::Lease();
 }
 
+weights::WeightsState GroupOffloading::weights_state() const {
+  return weights::WeightsState(*hooked_.front(), binding_.get(),
+                               [this](const weights::BoundSlot& bound) {
+                                 const auto group = groups_.find(bound.slot.name());
+                                 return group != groups_.end() && group->second &&
+                                        client_->holds_source(*group->second, bound.slot.tensor);
+                               });
+}
+
 std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
                                                         std::shared_ptr<weights::Binding> binding,
                                                         std::shared_ptr<offload::Engine> engine,
@@ -424,7 +474,8 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
                                  .first_order = {},
                                  .source_changed = {}};
   for (const auto& [module, groups] : grouping.leases) {
-    options.first_order.insert(options.first_order.end(), groups.begin(), groups.end());
+    if (!grouping.unused(module))
+      options.first_order.insert(options.first_order.end(), groups.begin(), groups.end());
   }
   options.source_changed = [binding](const at::Tensor& slot, const weights::StoredTensor& source) {
     for (weights::BoundSlot& bound : binding->slots) {
@@ -443,8 +494,14 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
   }
   root.add_hook(kPassHook, std::make_shared<PassHook>(*offloading->client_));
   offloading->hooked_.push_back(&root);
+  // Before the leases: what is after a block then runs when its weights are free.
+  for (nn::Module* block : grouping.blocks()) {
+    block->add_hook(kTurnHook, std::make_shared<TurnHook>(offloading->turn_));
+    offloading->hooked_.push_back(block);
+  }
   for (const auto& [module, groups] : grouping.leases) {
-    module->add_hook(kLeaseHook, std::make_shared<LeaseHook>(*offloading->client_, groups));
+    module->add_hook(kLeaseHook,
+                     std::make_shared<LeaseHook>(*offloading->client_, groups, offloading->turn_));
     offloading->hooked_.push_back(module);
   }
   return offloading;

@@ -15,6 +15,7 @@
 #include "ferry/nn/module.h"
 #include "ferry/offload/engine.h"
 #include "ferry/weights/binding.h"
+#include "ferry/weights/weights_state.h"
 
 namespace ferry::hooks {
 
@@ -51,10 +52,20 @@ struct GroupOffloadingConfig {
   // Names of modules (dotted) whose weights stay in memory.
   std::vector<std::string> exclude = {};
 
+  // Names of modules (dotted) that the calls to come do not use (Model::unused_modules()): they are
+  // not brought before the first pass has shown the order. A call that uses them gets them.
+  std::vector<std::string> unused = {};
   // Read the next pass's first groups during this pass's last ones.
   bool wrap_around = true;
   // Gather the rows that are used of embedding tables from disk instead of streaming the table.
   bool gather_embeddings = true;
+};
+
+// Where passes in lockstep (lockstep.h) hand over to each other.
+enum class LockstepTurn {
+  group,  // at each group: no more weights at once than one pass needs
+  block,  // at each block of the outermost ModuleLists: a whole block's weights are kept meanwhile,
+          // but a pass that waits holds no more activations than lie between two blocks
 };
 
 // What is attached to one root module. Keeps engine and binding alive. remove() or destruction
@@ -69,7 +80,11 @@ class GroupOffloading {
   // forward; nothing for one that stays in memory. Throws ArgumentError if there is no such name,
   // and as Client::lease().
   offload::Lease lease(const std::string& name);
+  // Of the root's weights, wherever they are now. REQUIRES: not removed.
+  weights::WeightsState weights_state() const;
   const std::shared_ptr<offload::Engine>& engine() const { return engine_; }
+  // For run_lockstep().
+  void set_lockstep_turn(LockstepTurn turn) { *turn_ = turn; }
 
  private:
   friend std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module&,
@@ -82,14 +97,15 @@ class GroupOffloading {
   std::unique_ptr<offload::Client> client_;
   bool only_in_memory_ = false;  // the weights have no checkpoint: remove() reads them back
   std::unordered_map<std::string, std::optional<size_t>> groups_;  // by slot name
-  std::vector<nn::Module*> hooked_;
+  std::shared_ptr<LockstepTurn> turn_ = std::make_shared<LockstepTurn>(LockstepTurn::group);
+  std::vector<nn::Module*> hooked_;  // the root first
   std::vector<nn::Module*> row_sources_;
 };
 
 // Streams the weights of `root` from the checkpoint they are bound to. Weights that were changed
 // since they were read, and those of a model without a checkpoint (`binding` null), are written to
 // a file without a name first, and come from there. Throws BudgetError stating the least budget,
-// ArgumentError (offloading is on already; a name in `exclude` or `block_modules` that does not
+// ArgumentError (offloading is on already; a name of a module that does not
 // exist; weights that are nowhere; options that mean nothing), IoError.
 std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
                                                         std::shared_ptr<weights::Binding> binding,

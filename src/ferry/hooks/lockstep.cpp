@@ -14,9 +14,11 @@ namespace ferry::hooks {
 namespace {
 
 void run_once(const std::vector<GroupOffloading*>& offloaded,
-              const std::vector<std::function<void()>>& passes) {
-  for (GroupOffloading* one : offloaded)
+              const std::vector<std::function<void()>>& passes, LockstepTurn turn) {
+  for (GroupOffloading* one : offloaded) {
+    one->set_lockstep_turn(turn);
     one->client().begin_lockstep(passes.empty() ? 0 : passes.size() - 1);
+  }
   struct Guard {
     const std::vector<GroupOffloading*>& offloaded;
     ~Guard() {
@@ -60,10 +62,10 @@ void run_once(const std::vector<GroupOffloading*>& offloaded,
 }  // namespace
 
 void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
-                  const std::vector<std::function<void()>>& passes) {
+                  const std::vector<std::function<void()>>& passes, LockstepTurn turn) {
   for (bool again = false;; again = true) {
     try {
-      return run_once(offloaded, passes);
+      return run_once(offloaded, passes, turn);
     } catch (const c10::OutOfMemoryError& error) {
       // While other passes were under way, the one that failed could not be run again by itself.
       const bool room = std::any_of(

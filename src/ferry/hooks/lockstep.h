@@ -16,6 +16,7 @@ namespace ferry::hooks {
 // Passes that take different ways through the model only lose the saving. Throws what a pass
 // throws; then the others are unwound.
 void run_lockstep(const std::vector<GroupOffloading*>& offloaded,
-                  const std::vector<std::function<void()>>& passes);
+                  const std::vector<std::function<void()>>& passes,
+                  LockstepTurn turn = LockstepTurn::group);
 
 }  // namespace ferry::hooks

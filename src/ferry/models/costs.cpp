@@ -19,9 +19,10 @@ bool contains(const std::string& text, const char* part) {
   return text.find(part) != std::string::npos;
 }
 
-// Flux's latents have an eighth of the picture's side, and a token is 2 x 2 of them.
+// A token is 2 x 2 latents.
 int64_t flux_image_tokens(const Workload& w) {
-  return (w.height + 15) / 16 * ((w.width + 15) / 16);
+  const int64_t pixels = 2 * w.vae_scale_factor;
+  return (w.height + pixels - 1) / pixels * ((w.width + pixels - 1) / pixels);
 }
 
 // Rows that the layer's weight is multiplied with; attention products of what it follows.
@@ -116,6 +117,17 @@ LayerLoad load_of(const Model& model, const std::string& name, const Workload& w
 
 // ---- memory; in values, by counting what is alive in the forwards ----
 
+// What the caller holds during a block, and the rotation's angles in float32.
+double flux_held_outside(const FluxTransformer2DModel& model, const Workload& w) {
+  const FluxTransformer2DConfig& c = model.config();
+  const double image = static_cast<double>(w.batch * flux_image_tokens(w));
+  const double text = static_cast<double>(w.batch * w.text_tokens);
+  return text * static_cast<double>(c.joint_attention_dim) +
+         image * static_cast<double>(c.in_channels) +
+         (image + text) * static_cast<double>(c.attention_head_dim) * 2 * 4 /
+             static_cast<double>(c10::elementSize(w.dtype));
+}
+
 double flux_values(const FluxTransformer2DModel& model, const Workload& w) {
   const double dim = static_cast<double>(model.config().inner_dim());
   const double image = static_cast<double>(w.batch * flux_image_tokens(w));
@@ -130,12 +142,7 @@ double flux_values(const FluxTransformer2DModel& model, const Workload& w) {
   // A double block: both streams in and out, normed and after attention, and twice the widened
   // image stream.
   const double twice = 6 * (image + text) + 2 * 4 * image;
-  // What the caller holds meanwhile, and the rotation's angles in float32.
-  const FluxTransformer2DConfig& c = model.config();
-  const double held = text * static_cast<double>(c.joint_attention_dim) +
-                      image * static_cast<double>(c.in_channels) +
-                      (image + text) * static_cast<double>(c.attention_head_dim) * 2 * 4 / item;
-  return dim * std::max(widths * (image + text), twice) + held;
+  return dim * std::max(widths * (image + text), twice) + flux_held_outside(model, w);
 }
 
 double encoder_values(const Workload& w, int64_t tokens, int64_t dim, int64_t ff, int64_t heads,
@@ -200,6 +207,12 @@ double values_of(const Model& model, const Workload& w) {
   return 16.0 * static_cast<double>(widest * w.batch * (flux_image_tokens(w) + w.text_tokens));
 }
 
+uint64_t to_bytes(double values, const Workload& workload) {
+  constexpr double kOddsAndEnds = 1.02;  // embeddings of timesteps, gates, norms' statistics
+  return static_cast<uint64_t>(kOddsAndEnds * values *
+                               static_cast<double>(c10::elementSize(workload.dtype)));
+}
+
 }  // namespace
 
 std::map<std::string, double> layer_flops(const Model& model, const Workload& workload) {
@@ -219,9 +232,18 @@ std::map<std::string, double> layer_flops(const Model& model, const Workload& wo
 }
 
 uint64_t activation_bytes(const Model& model, const Workload& workload) {
-  constexpr double kOddsAndEnds = 1.02;  // embeddings of timesteps, gates, norms' statistics
-  return static_cast<uint64_t>(kOddsAndEnds * values_of(model, workload) *
-                               static_cast<double>(c10::elementSize(workload.dtype)));
+  return to_bytes(values_of(model, workload), workload);
+}
+
+uint64_t held_bytes(const Model& model, const Workload& workload) {
+  const auto* flux = dynamic_cast<const FluxTransformer2DModel*>(&model);
+  if (!flux) return activation_bytes(model, workload);
+  // A block's inputs, which its caller still has, and its outputs.
+  const double tokens =
+      static_cast<double>(workload.batch * (flux_image_tokens(workload) + workload.text_tokens));
+  return to_bytes(2 * tokens * static_cast<double>(flux->config().inner_dim()) +
+                      flux_held_outside(*flux, workload),
+                  workload);
 }
 
 }  // namespace ferry::models

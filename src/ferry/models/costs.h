@@ -22,6 +22,8 @@ struct Workload {
   bool on_cpu = false;
   // An autoencoder that decodes in tiles, with its own tile size and overlap.
   bool tiled = false;
+  // Pixels that a latent covers in each direction.
+  int64_t vae_scale_factor = 8;
 };
 
 // Floating-point operations (a multiplication and an addition are two) by the dotted name of the
@@ -33,5 +35,9 @@ std::map<std::string, double> layer_flops(const Model& model, const Workload& wo
 // included; workspaces of kernels that do not come from torch's allocator are not.
 // tests/models/costs_test.cpp compares it with what the allocator counts: 1 to 1.6 times as much.
 uint64_t activation_bytes(const Model& model, const Workload& workload);
+
+// Of these, what a run holds while it waits between two of its blocks (hooks/lockstep.h), likewise
+// from above. A model this does not know: all of it.
+uint64_t held_bytes(const Model& model, const Workload& workload);
 
 }  // namespace ferry::models

@@ -62,6 +62,13 @@ class Model : public nn::Module {
   virtual NamedTensors forward_named(const std::string& method, const NamedTensors& inputs,
                                      const nlohmann::json& arguments) = 0;
 
+  // Modules (dotted) that `method` with these arguments does not call, so that their weights need
+  // not be read.
+  virtual std::vector<std::string> unused_modules(const std::string& method,
+                                                  const nlohmann::json& arguments) const {
+    return {};
+  }
+
   // Checkpoint key -> parameter name; empty drops the key silently. The default keeps it.
   virtual std::string map_key(const std::string& checkpoint_key) const { return checkpoint_key; }
 

@@ -685,6 +685,15 @@ bool Client::was_changed_locked(const State& state) const {
   return false;
 }
 
+bool Client::holds_source(size_t group, const at::Tensor& slot) const {
+  std::lock_guard lock(engine_.mutex_);
+  const State& state = *states_.at(group);
+  const bool moves =
+      std::any_of(state.group.slots.begin(), state.group.slots.end(),
+                  [&](const weights::BoundSlot& bound) { return bound.slot.tensor.is_same(slot); });
+  return moves && !was_replaced_locked(state) && !(state.attached && was_changed_locked(state));
+}
+
 void Client::save_changed_locked(State& state) {
   std::vector<at::Tensor> values;
   for (weights::BoundSlot& bound : state.group.slots) {

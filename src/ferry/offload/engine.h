@@ -107,6 +107,7 @@ struct Report {
   double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
+  double read_bytes_per_s = 0;       // of the disk, while a lease waited for it; 0: none did
   uint64_t resident_bytes = 0;       // of the active component
   uint64_t arena_bytes = 0;
   uint64_t small_bytes = 0;      // of all components
@@ -258,6 +259,9 @@ class Client {
   void end_lockstep() noexcept;
   // Gives back all that is not leased.
   void unload();
+  // Whether `slot` is one of the group's that come and go, and none of them was changed since their
+  // sources were read.
+  bool holds_source(size_t group, const at::Tensor& slot) const;
 
   const Plan& plan() const { return plan_; }
   const std::string& name() const { return name_; }

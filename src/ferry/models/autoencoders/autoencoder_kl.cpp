@@ -293,6 +293,18 @@ NamedTensors AutoencoderKL::forward_named(const std::string& method, const Named
   return {{"sample", call([&] { return forward(sample); })}};
 }
 
+std::vector<std::string> AutoencoderKL::unused_modules(const std::string& method,
+                                                       const nlohmann::json&) const {
+  std::vector<std::string> unused;
+  auto half = [&](const char* name, const nn::Ptr<nn::Conv2d>& conv, const char* conv_name) {
+    unused.emplace_back(name);
+    if (conv) unused.emplace_back(conv_name);
+  };
+  if (method == "decode") half("encoder", quant_conv, "quant_conv");
+  if (method == "encode") half("decoder", post_quant_conv, "post_quant_conv");
+  return unused;
+}
+
 std::string AutoencoderKL::map_key(const std::string& checkpoint_key) const {
   static constexpr std::array<std::pair<std::string_view, std::string_view>, 4> kOldNames{
       {{".query.", ".to_q."},

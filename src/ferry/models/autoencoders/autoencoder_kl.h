@@ -125,6 +125,8 @@ class AutoencoderKL : public Model, public AutoencoderMixin {
   std::vector<std::string> methods() const override { return {"forward", "encode", "decode"}; }
   NamedTensors forward_named(const std::string& method, const NamedTensors& inputs,
                              const nlohmann::json& arguments) override;
+  std::vector<std::string> unused_modules(const std::string& method,
+                                          const nlohmann::json& arguments) const override;
   // Knows the names that attention layers had in old checkpoints (query, proj_attn).
   std::string map_key(const std::string& checkpoint_key) const override;
 

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 #include "ferry/base/error.h"
 
 namespace ferry::models {
@@ -137,12 +139,12 @@ CLIPEncoder::CLIPEncoder(const CLIPTextConfig& config) {
 }
 
 at::Tensor CLIPEncoder::forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
-                                std::vector<at::Tensor>* hidden_states) {
+                                int64_t num_layers, HiddenStateTap* tap) {
   at::Tensor x = inputs_embeds;
-  if (hidden_states) hidden_states->push_back(x);
-  for (const auto& layer : *layers) {
-    x = layer(x, mask);
-    if (hidden_states) hidden_states->push_back(x);
+  tap->offer(0, x);
+  for (int64_t i = 0; i < num_layers; ++i) {
+    x = (*layers)[i](x, mask);
+    tap->offer(i + 1, x);
   }
   return x;
 }
@@ -170,35 +172,60 @@ std::string CLIPTextModel::map_key(const std::string& checkpoint_key) const {
   return key;
 }
 
+int64_t CLIPTextModel::layers_for(const TextOutputs& wanted, const HiddenStateTap& tap) const {
+  const bool all = wanted.last_hidden_state || wanted.pooled;
+  return all ? config_.num_hidden_layers : std::max<int64_t>(tap.last_entry(), 0);
+}
+
 CLIPTextOutput CLIPTextModel::forward(const at::Tensor& input_ids, const at::Tensor& attention_mask,
-                                      const at::Tensor& position_ids, bool output_hidden_states) {
+                                      const at::Tensor& position_ids, const TextOutputs& wanted) {
   at::Tensor ids = input_ids.reshape({-1, input_ids.size(-1)});  // [batch, tokens]
   int64_t tokens = ids.size(1);
   at::Tensor mask = expand_attention_mask(attention_mask, tokens);
   if (mask.defined()) {
     mask = mask & at::ones({tokens, tokens}, mask.options()).tril();  // [batch, 1, tokens, tokens]
   }
-  CLIPTextOutput output;
+  HiddenStateTap tap(wanted, config_.num_hidden_layers + 1);
   at::Tensor x = embeddings(ids, position_ids);
-  x = encoder(x, mask, output_hidden_states ? &output.hidden_states : nullptr);
+  x = encoder(x, mask, layers_for(wanted, tap), &tap);
+  CLIPTextOutput output;
+  output.hidden_states = tap.take();
+  if (!wanted.last_hidden_state && !wanted.pooled) return output;
   output.last_hidden_state = final_layer_norm(x);
+  if (!wanted.pooled) return output;
 
   at::Tensor end = *config_.eos_token_id == 2
                        ? ids.to(at::kInt).argmax(-1)
                        : (ids.to(at::kInt) == *config_.eos_token_id).to(at::kInt).argmax(-1);
   at::Tensor rows = at::arange(ids.size(0), end.options());
   output.pooler_output = output.last_hidden_state.index({rows, end});  // [batch, channels]
+  if (!wanted.last_hidden_state) output.last_hidden_state = at::Tensor();
   return output;
+}
+
+std::vector<std::string> CLIPTextModel::unused_modules(const TextOutputs& wanted) const {
+  const HiddenStateTap tap(wanted, config_.num_hidden_layers + 1);
+  std::vector<std::string> unused;
+  for (int64_t i = layers_for(wanted, tap); i < config_.num_hidden_layers; ++i)
+    unused.push_back("encoder.layers." + std::to_string(i));
+  if (!wanted.last_hidden_state && !wanted.pooled) unused.emplace_back("final_layer_norm");
+  return unused;
+}
+
+std::vector<std::string> CLIPTextModel::unused_modules(const std::string&,
+                                                       const nlohmann::json& arguments) const {
+  return unused_modules(wanted_outputs(arguments));
 }
 
 NamedTensors CLIPTextModel::forward_named(const std::string& method, const NamedTensors& inputs,
                                           const nlohmann::json& arguments) {
   TextInputs in = text_inputs(method, inputs, arguments, "position_ids", /*ids_are_required=*/true);
-  CLIPTextOutput output = call(
-      [&] { return forward(in.input_ids, in.attention_mask, in.other, in.output_hidden_states); });
-  NamedTensors named = {{"last_hidden_state", output.last_hidden_state},
-                        {"pooler_output", output.pooler_output}};
-  add_hidden_states(named, output.hidden_states);
+  CLIPTextOutput output =
+      call([&] { return forward(in.input_ids, in.attention_mask, in.other, in.wanted); });
+  NamedTensors named;
+  if (in.wanted.last_hidden_state) named["last_hidden_state"] = output.last_hidden_state;
+  if (in.wanted.pooled) named["pooler_output"] = output.pooler_output;
+  add_hidden_states(named, in.wanted, output.hidden_states);
   return named;
 }
 
@@ -232,22 +259,33 @@ std::string CLIPTextModelWithProjection::map_key(const std::string& checkpoint_k
 
 CLIPTextModelWithProjection::Output CLIPTextModelWithProjection::forward(
     const at::Tensor& input_ids, const at::Tensor& attention_mask, const at::Tensor& position_ids,
-    bool output_hidden_states) {
+    const TextOutputs& wanted) {
   Output output;
-  output.text = text_model(input_ids, attention_mask, position_ids, output_hidden_states);
-  output.text_embeds = text_projection(output.text.pooler_output);
+  output.text = text_model(input_ids, attention_mask, position_ids, wanted);
+  if (wanted.pooled) output.text_embeds = text_projection(output.text.pooler_output);
   return output;
+}
+
+std::vector<std::string> CLIPTextModelWithProjection::unused_modules(
+    const std::string&, const nlohmann::json& arguments) const {
+  const TextOutputs wanted = wanted_outputs(arguments);
+  std::vector<std::string> unused;
+  for (const std::string& name : text_model->unused_modules(wanted))
+    unused.push_back("text_model." + name);
+  if (!wanted.pooled) unused.emplace_back("text_projection");
+  return unused;
 }
 
 NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& method,
                                                         const NamedTensors& inputs,
                                                         const nlohmann::json& arguments) {
   TextInputs in = text_inputs(method, inputs, arguments, "position_ids", /*ids_are_required=*/true);
-  Output output = call(
-      [&] { return forward(in.input_ids, in.attention_mask, in.other, in.output_hidden_states); });
-  NamedTensors named = {{"text_embeds", output.text_embeds},
-                        {"last_hidden_state", output.text.last_hidden_state}};
-  add_hidden_states(named, output.text.hidden_states);
+  Output output =
+      call([&] { return forward(in.input_ids, in.attention_mask, in.other, in.wanted); });
+  NamedTensors named;
+  if (in.wanted.pooled) named["text_embeds"] = output.text_embeds;
+  if (in.wanted.last_hidden_state) named["last_hidden_state"] = output.text.last_hidden_state;
+  add_hidden_states(named, in.wanted, output.text.hidden_states);
   return named;
 }
 

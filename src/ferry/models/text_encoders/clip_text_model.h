@@ -105,17 +105,18 @@ class CLIPEncoderLayer : public nn::Module {
 class CLIPEncoder : public nn::Module {
  public:
   explicit CLIPEncoder(const CLIPTextConfig& config);
-  // The states before the first layer and after each one are appended to `hidden_states`, if given.
-  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
-                     std::vector<at::Tensor>* hidden_states);
+  // Through the first `num_layers` layers. The states before the first one and after each are
+  // offered to `tap`.
+  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask, int64_t num_layers,
+                     HiddenStateTap* tap);
 
   nn::Ptr<nn::ModuleList<CLIPEncoderLayer>> layers;
 };
 
-struct CLIPTextOutput {
+struct CLIPTextOutput {          // what is not wanted is undefined
   at::Tensor last_hidden_state;  // [batch, tokens, channels], after final_layer_norm
   at::Tensor pooler_output;      // [batch, channels]
-  // Of each layer, before final_layer_norm, the embeddings first; empty unless asked for.
+  // Those that are wanted, each before final_layer_norm; all are the embeddings and each layer's.
   std::vector<at::Tensor> hidden_states;
   std::vector<at::Tensor> tensors() const { return {last_hidden_state, pooler_output}; }
   template <class F>
@@ -134,8 +135,8 @@ class CLIPTextModel : public TransformersModel {
   std::string class_name() const override { return "CLIPTextModel"; }
   nlohmann::ordered_json config_json() const override;
   Traits traits() const override;
-  // Inputs: input_ids, attention_mask, position_ids; argument output_hidden_states. Outputs:
-  // last_hidden_state, pooler_output, hidden_states.N.
+  // Inputs: input_ids, attention_mask, position_ids; arguments output_hidden_states, outputs (names
+  // of those that are wanted). Outputs: last_hidden_state, pooler_output, hidden_states.N.
   NamedTensors forward_named(const std::string& method, const NamedTensors& inputs,
                              const nlohmann::json& arguments) override;
   // Before transformers 5, and in whole CLIP checkpoints, the keys begin with "text_model.".
@@ -143,7 +144,10 @@ class CLIPTextModel : public TransformersModel {
 
   // input_ids [batch, tokens]; attention_mask [batch, tokens] and position_ids may be undefined.
   CLIPTextOutput forward(const at::Tensor& input_ids, const at::Tensor& attention_mask = {},
-                         const at::Tensor& position_ids = {}, bool output_hidden_states = false);
+                         const at::Tensor& position_ids = {}, const TextOutputs& wanted = {});
+  std::vector<std::string> unused_modules(const std::string& method,
+                                          const nlohmann::json& arguments) const override;
+  std::vector<std::string> unused_modules(const TextOutputs& wanted) const;
 
   const CLIPTextConfig& config() const { return config_; }
 
@@ -151,7 +155,15 @@ class CLIPTextModel : public TransformersModel {
   nn::Ptr<CLIPEncoder> encoder;
   nn::Ptr<nn::LayerNorm> final_layer_norm;
 
+ protected:
+  std::vector<std::string> output_names() const override {
+    return {"last_hidden_state", "pooler_output"};
+  }
+
  private:
+  // Layers to run for what is wanted.
+  int64_t layers_for(const TextOutputs& wanted, const HiddenStateTap& tap) const;
+
   CLIPTextConfig config_;
 };
 
@@ -168,7 +180,7 @@ class CLIPTextModelWithProjection : public TransformersModel {
   std::string map_key(const std::string& checkpoint_key) const override;
 
   struct Output {
-    at::Tensor text_embeds;  // [batch, projection_dim]
+    at::Tensor text_embeds;  // [batch, projection_dim]; undefined if pooled is not wanted
     CLIPTextOutput text;
     std::vector<at::Tensor> tensors() const { return {text_embeds, text.last_hidden_state}; }
     template <class F>
@@ -178,12 +190,19 @@ class CLIPTextModelWithProjection : public TransformersModel {
     }
   };
   Output forward(const at::Tensor& input_ids, const at::Tensor& attention_mask = {},
-                 const at::Tensor& position_ids = {}, bool output_hidden_states = false);
+                 const at::Tensor& position_ids = {}, const TextOutputs& wanted = {});
+  std::vector<std::string> unused_modules(const std::string& method,
+                                          const nlohmann::json& arguments) const override;
 
   const CLIPTextConfig& config() const { return text_model->config(); }
 
   nn::Ptr<CLIPTextModel> text_model;
   nn::Ptr<nn::Linear> text_projection;
+
+ protected:
+  std::vector<std::string> output_names() const override {
+    return {"last_hidden_state", "text_embeds"};
+  }
 };
 
 }  // namespace ferry::models

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -203,16 +204,16 @@ T5Stack::T5Stack(const T5Config& config) {
 }
 
 at::Tensor T5Stack::forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
-                            std::vector<at::Tensor>* hidden_states) {
+                            int64_t num_blocks, bool with_norm, HiddenStateTap* tap) {
   at::Tensor x = inputs_embeds, position_bias;
-  for (const auto& one : *block) {
-    if (hidden_states) hidden_states->push_back(x);
-    T5Attention::Output output = one(x, mask, position_bias);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    tap->offer(i, x);
+    T5Attention::Output output = (*block)[i](x, mask, position_bias);
     x = output.hidden_states;
     position_bias = output.position_bias;
   }
-  x = final_layer_norm(x);
-  if (hidden_states) hidden_states->push_back(x);
+  if (with_norm) x = final_layer_norm(x);
+  tap->offer(num_blocks, x);
   return x;
 }
 
@@ -249,10 +250,25 @@ std::string T5EncoderModel::map_key(const std::string& checkpoint_key) const {
   return checkpoint_key;
 }
 
+namespace {
+
+struct T5Depth {
+  int64_t num_blocks;
+  bool with_norm;
+};
+
+// What has to run for the wanted outputs.
+T5Depth depth_for(const TextOutputs& wanted, const HiddenStateTap& tap, int64_t num_layers) {
+  const int64_t last = wanted.last_hidden_state ? num_layers : tap.last_entry();
+  return {std::max<int64_t>(last, 0), last == num_layers};
+}
+
+}  // namespace
+
 T5EncoderModel::Output T5EncoderModel::forward(const at::Tensor& input_ids,
                                                const at::Tensor& attention_mask,
                                                const at::Tensor& inputs_embeds,
-                                               bool output_hidden_states) {
+                                               const TextOutputs& wanted) {
   if (input_ids.defined() == inputs_embeds.defined()) {
     throw_error<ArgumentError>(
         "T5EncoderModel: expected one of input_ids and inputs_embeds, got {}",
@@ -260,20 +276,36 @@ T5EncoderModel::Output T5EncoderModel::forward(const at::Tensor& input_ids,
   }
   at::Tensor x = inputs_embeds.defined() ? inputs_embeds : shared(input_ids);
   at::Tensor mask = expand_attention_mask(attention_mask, x.size(1));
+  HiddenStateTap tap(wanted, config_.num_layers + 1);
+  const T5Depth depth = depth_for(wanted, tap, config_.num_layers);
+  x = encoder(x, mask, depth.num_blocks, depth.with_norm, &tap);
   Output output;
-  output.last_hidden_state =
-      encoder(x, mask, output_hidden_states ? &output.hidden_states : nullptr);
+  if (wanted.last_hidden_state) output.last_hidden_state = x;
+  output.hidden_states = tap.take();
   return output;
+}
+
+std::vector<std::string> T5EncoderModel::unused_modules(const std::string&,
+                                                        const nlohmann::json& arguments) const {
+  const TextOutputs wanted = wanted_outputs(arguments);
+  const T5Depth depth =
+      depth_for(wanted, HiddenStateTap(wanted, config_.num_layers + 1), config_.num_layers);
+  std::vector<std::string> unused;
+  for (int64_t i = depth.num_blocks; i < config_.num_layers; ++i)
+    unused.push_back("encoder.block." + std::to_string(i));
+  if (!depth.with_norm) unused.emplace_back("encoder.final_layer_norm");
+  return unused;
 }
 
 NamedTensors T5EncoderModel::forward_named(const std::string& method, const NamedTensors& inputs,
                                            const nlohmann::json& arguments) {
   TextInputs in =
       text_inputs(method, inputs, arguments, "inputs_embeds", /*ids_are_required=*/false);
-  Output output = call(
-      [&] { return forward(in.input_ids, in.attention_mask, in.other, in.output_hidden_states); });
-  NamedTensors named = {{"last_hidden_state", output.last_hidden_state}};
-  add_hidden_states(named, output.hidden_states);
+  Output output =
+      call([&] { return forward(in.input_ids, in.attention_mask, in.other, in.wanted); });
+  NamedTensors named;
+  if (in.wanted.last_hidden_state) named["last_hidden_state"] = output.last_hidden_state;
+  add_hidden_states(named, in.wanted, output.hidden_states);
   return named;
 }
 

@@ -145,9 +145,10 @@ class T5Block : public nn::Module {
 class T5Stack : public nn::Module {
  public:
   explicit T5Stack(const T5Config& config);
-  // The states before each block, and the result, are appended to `hidden_states`, if given.
-  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask,
-                     std::vector<at::Tensor>* hidden_states);
+  // Through the first `num_blocks` blocks; after all of them and the norm where `with_norm`. The
+  // states before each block, and the normed result, are offered to `tap`.
+  at::Tensor forward(const at::Tensor& inputs_embeds, const at::Tensor& mask, int64_t num_blocks,
+                     bool with_norm, HiddenStateTap* tap);
 
   nn::Ptr<nn::ModuleList<T5Block>> block;
   nn::Ptr<T5LayerNorm> final_layer_norm;
@@ -163,16 +164,17 @@ class T5EncoderModel : public TransformersModel {
   nlohmann::ordered_json config_json() const override;
   // `wo` stays float32 in float16 (not in bfloat16: transformers' rule for _keep_in_fp32_modules).
   Traits traits() const override;
-  // Inputs: input_ids or inputs_embeds, attention_mask; argument output_hidden_states. Outputs:
-  // last_hidden_state, hidden_states.N (the last of them is last_hidden_state).
+  // Inputs: input_ids or inputs_embeds, attention_mask; arguments output_hidden_states, outputs
+  // (names of those that are wanted). Outputs: last_hidden_state, hidden_states.N (the last of them
+  // is last_hidden_state).
   NamedTensors forward_named(const std::string& method, const NamedTensors& inputs,
                              const nlohmann::json& arguments) override;
   // Drops the decoder of a whole T5.
   std::string map_key(const std::string& checkpoint_key) const override;
 
   struct Output {
-    at::Tensor last_hidden_state;  // [batch, tokens, channels]
-    std::vector<at::Tensor> hidden_states;
+    at::Tensor last_hidden_state;  // [batch, tokens, channels]; undefined if it is not wanted
+    std::vector<at::Tensor> hidden_states;  // those that are wanted
     std::vector<at::Tensor> tensors() const { return {last_hidden_state}; }
     template <class F>
     void each_tensor(F&& f) {
@@ -183,12 +185,17 @@ class T5EncoderModel : public TransformersModel {
   // input_ids [batch, tokens], or inputs_embeds [batch, tokens, channels]: one of them;
   // attention_mask [batch, tokens] or undefined.
   Output forward(const at::Tensor& input_ids, const at::Tensor& attention_mask = {},
-                 const at::Tensor& inputs_embeds = {}, bool output_hidden_states = false);
+                 const at::Tensor& inputs_embeds = {}, const TextOutputs& wanted = {});
+  std::vector<std::string> unused_modules(const std::string& method,
+                                          const nlohmann::json& arguments) const override;
 
   const T5Config& config() const { return config_; }
 
   nn::Ptr<nn::Embedding> shared;
   nn::Ptr<T5Stack> encoder;
+
+ protected:
+  std::vector<std::string> output_names() const override { return {"last_hidden_state"}; }
 
  private:
   T5Config config_;

@@ -3,6 +3,10 @@
 #include <ATen/ATen.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+
 #include "ferry/base/error.h"
 #include "ferry/models/named_inputs.h"
 #include "ferry/tensor/dtype.h"
@@ -18,6 +22,58 @@ nlohmann::ordered_json TransformersModel::finish_config(nlohmann::ordered_json j
   return json;
 }
 
+HiddenStateTap::HiddenStateTap(const TextOutputs& wanted, int64_t count) {
+  if (wanted.all_hidden_states) {
+    entries_.resize(count);
+    std::iota(entries_.begin(), entries_.end(), 0);
+  } else {
+    for (int64_t entry : wanted.hidden_states) {
+      if (entry < -count || entry >= count) {
+        throw_error<ArgumentError>("hidden_states.{}: there are {}, expected {} to {}", entry,
+                                   count, -count, count - 1);
+      }
+      entries_.push_back(entry < 0 ? count + entry : entry);
+    }
+  }
+  states_.resize(entries_.size());
+}
+
+int64_t HiddenStateTap::last_entry() const {
+  return entries_.empty() ? -1 : *std::max_element(entries_.begin(), entries_.end());
+}
+
+void HiddenStateTap::offer(int64_t entry, const at::Tensor& state) {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (entries_[i] == entry) states_[i] = state;
+  }
+}
+
+TextOutputs TransformersModel::wanted_outputs(const nlohmann::json& arguments) const {
+  const NamedTensors none;
+  NamedInputs in(class_name(), none, arguments);
+  TextOutputs wanted;
+  wanted.all_hidden_states = in.argument("output_hidden_states", false);
+  const std::vector<std::string> names = output_names();
+  const auto outputs = in.argument("outputs", names);
+  wanted.last_hidden_state = wanted.pooled = false;
+  const std::string state = "hidden_states.";
+  for (const std::string& name : outputs) {
+    char* end = nullptr;
+    if (name == names[0]) {
+      wanted.last_hidden_state = true;
+    } else if (names.size() > 1 && name == names[1]) {
+      wanted.pooled = true;
+    } else if (const int64_t entry = std::strtoll(name.c_str() + state.size(), &end, 10);
+               name.starts_with(state) && name.size() > state.size() && *end == 0) {
+      wanted.hidden_states.push_back(entry);
+    } else {
+      throw_error<ArgumentError>("{}: there is no output \"{}\"; there are {} and hidden_states.N",
+                                 class_name(), name, fmt::join(names, ", "));
+    }
+  }
+  return wanted;
+}
+
 TransformersModel::TextInputs TransformersModel::text_inputs(const std::string& method,
                                                              const NamedTensors& inputs,
                                                              const nlohmann::json& arguments,
@@ -29,16 +85,19 @@ TransformersModel::TextInputs TransformersModel::text_inputs(const std::string& 
   found.input_ids = ids_are_required ? in.required("input_ids") : in.optional("input_ids");
   found.attention_mask = in.optional("attention_mask");
   found.other = in.optional(other);
-  found.output_hidden_states = in.argument("output_hidden_states", false);
-  in.argument("return_dict", true);
+  found.wanted = wanted_outputs(arguments);
+  for (const char* known : {"output_hidden_states", "outputs", "return_dict"})
+    in.argument(known, nlohmann::json());
   in.finish();
   return found;
 }
 
-void TransformersModel::add_hidden_states(NamedTensors& outputs,
+void TransformersModel::add_hidden_states(NamedTensors& outputs, const TextOutputs& wanted,
                                           const std::vector<at::Tensor>& hidden_states) {
   for (size_t i = 0; i < hidden_states.size(); ++i) {
-    outputs["hidden_states." + std::to_string(i)] = hidden_states[i];
+    const int64_t entry =
+        wanted.all_hidden_states ? static_cast<int64_t>(i) : wanted.hidden_states[i];
+    outputs["hidden_states." + std::to_string(entry)] = hidden_states[i];
   }
 }
 

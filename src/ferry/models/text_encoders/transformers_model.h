@@ -3,10 +3,39 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "ferry/models/model.h"
 
 namespace ferry::models {
+
+// What is wanted of a text encoder's outputs. Layers above what they need are not run, nor are
+// norms and heads that none of them needs: weights that are streamed are not read for them.
+struct TextOutputs {
+  bool last_hidden_state = true;
+  // The pooled output, or with a projection the projected one.
+  bool pooled = true;
+  bool all_hidden_states = false;  // transformers' output_hidden_states
+  // Single entries of hidden_states; from the end where they are negative: -2 is the output of the
+  // last layer but one.
+  std::vector<int64_t> hidden_states = {};
+};
+
+// Keeps the hidden states that are wanted, as the layers give them.
+class HiddenStateTap {
+ public:
+  // Of `count` states. Throws ArgumentError for an entry that there is not.
+  HiddenStateTap(const TextOutputs& wanted, int64_t count);
+  // The last that is wanted; -1 for none.
+  int64_t last_entry() const;
+  void offer(int64_t entry, const at::Tensor& state);
+  // In the order in which they are wanted.
+  std::vector<at::Tensor> take() { return std::move(states_); }
+
+ private:
+  std::vector<int64_t> entries_;
+  std::vector<at::Tensor> states_;
+};
 
 // A model whose config.json names it under `architectures`.
 class TransformersModel : public Model {
@@ -23,15 +52,22 @@ class TransformersModel : public Model {
     at::Tensor input_ids;       // [batch, tokens]
     at::Tensor attention_mask;  // [batch, tokens]
     at::Tensor other;           // the class's own: position_ids, inputs_embeds
-    bool output_hidden_states = false;
+    TextOutputs wanted;
   };
-  // Throws ArgumentError for an unknown method or input, and for missing ids if they are required.
+  // Throws ArgumentError for an unknown method, input or output, and for missing ids if they are
+  // required.
   TextInputs text_inputs(const std::string& method, const NamedTensors& inputs,
                          const nlohmann::json& arguments, const std::string& other,
                          bool ids_are_required) const;
+  // The names of the outputs besides hidden states: the last hidden state's, the pooled one's.
+  virtual std::vector<std::string> output_names() const = 0;
+  // What the arguments `outputs` (a list of names; all of output_names() by default) and
+  // `output_hidden_states` ask for. Throws ArgumentError.
+  TextOutputs wanted_outputs(const nlohmann::json& arguments) const;
 
-  // Adds "hidden_states.0", … as transformers' tuple.
-  static void add_hidden_states(NamedTensors& outputs,
+  // Adds "hidden_states.0", … as transformers' tuple, or the entries that were asked for under the
+  // names by which they were.
+  static void add_hidden_states(NamedTensors& outputs, const TextOutputs& wanted,
                                 const std::vector<at::Tensor>& hidden_states);
 };
 
