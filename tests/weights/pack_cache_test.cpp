@@ -102,7 +102,7 @@ TEST(PackCacheFolder, FollowsTheEnvironment) {
   ::setenv("XDG_CACHE_HOME", "", 1);
   EXPECT_EQ(PackCache::default_folder(), "/c/.cache/ferry");
   ::unsetenv("HOME");
-  EXPECT_THROW(PackCache::default_folder(), IoError);
+  EXPECT_EQ(PackCache::default_folder(), fs::temp_directory_path() / "ferry");
   ::setenv("FERRY_CACHE_LIMIT", "3MiB", 1);
   EXPECT_EQ(PackCache::default_limit_bytes(), 3u << 20);
   for (size_t i = 0; i < saved.size(); ++i) {

@@ -35,7 +35,7 @@ class ScratchFile {
   std::shared_ptr<const File> file_;
 };
 
-// Where files go that need not outlast the process but may be large: $FERRY_CACHE_DIR, else
+// Where files go that can be made again: what was measured, packs, scratch. $FERRY_CACHE_DIR, else
 // $XDG_CACHE_HOME/ferry, else ~/.cache/ferry, else the system's temporary folder.
 std::filesystem::path cache_folder();
 

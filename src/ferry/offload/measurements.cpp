@@ -5,12 +5,12 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
 #include "ferry/io/atomic_file.h"
 #include "ferry/io/json_file.h"
+#include "ferry/io/scratch_file.h"
 
 namespace ferry::offload {
 
@@ -52,18 +52,15 @@ std::optional<Measurement> parse(const nlohmann::json& entry) {
         measurement.compute_s[name] = seconds.get<double>();
     }
   }
+  if (entry.contains("read_bytes_per_s") && entry["read_bytes_per_s"].is_number())
+    measurement.read_bytes_per_s = std::max(0.0, entry["read_bytes_per_s"].get<double>());
   return measurement;
 }
 
 }  // namespace
 
 std::filesystem::path Measurements::default_folder() {
-  if (const char* folder = std::getenv("FERRY_CACHE_DIR"); folder && *folder)
-    return std::filesystem::path(folder) / "measurements";
-  if (const char* folder = std::getenv("XDG_CACHE_HOME"); folder && *folder)
-    return std::filesystem::path(folder) / "ferry" / "measurements";
-  const char* home = std::getenv("HOME");
-  return std::filesystem::path(home ? home : "/tmp") / ".cache" / "ferry" / "measurements";
+  return io::cache_folder() / "measurements";
 }
 
 std::filesystem::path Measurements::file_of(const MeasurementKey& key) const {
@@ -94,12 +91,16 @@ void Measurements::store(const MeasurementKey& key, const Measurement& measureme
     throw_error<IoError>("{}: cannot create the folder: {}", folder_.string(), error.message());
   nlohmann::json entries = read_entries(file);
   uint64_t activation_bytes = measurement.activation_bytes;
+  double read_bytes_per_s = measurement.read_bytes_per_s;
   if (entries.contains(entry_name(key))) {
-    if (auto old = parse(entries[entry_name(key)]))
+    if (auto old = parse(entries[entry_name(key)])) {
       activation_bytes = std::max(activation_bytes, old->activation_bytes);
+      if (read_bytes_per_s == 0) read_bytes_per_s = old->read_bytes_per_s;
+    }
   }
   entries[entry_name(key)] = {{"activation_bytes", activation_bytes},
-                              {"compute_s", measurement.compute_s}};
+                              {"compute_s", measurement.compute_s},
+                              {"read_bytes_per_s", read_bytes_per_s}};
   io::write_file(file, nlohmann::json{{"version", kVersion}, {"entries", entries}}.dump(1) + "\n");
 }
 

@@ -25,6 +25,8 @@ struct MeasurementKey {
 struct Measurement {
   uint64_t activation_bytes = 0;            // the most at once, with workspaces
   std::map<std::string, double> compute_s;  // by group name
+  // With which the weights came from disk while somebody waited for them; 0: not seen.
+  double read_bytes_per_s = 0;
 };
 
 // One JSON file a component, in a folder of the cache. A file that cannot be read or is not one of
@@ -32,11 +34,12 @@ struct Measurement {
 class Measurements {
  public:
   explicit Measurements(std::filesystem::path folder) : folder_(std::move(folder)) {}
-  // $FERRY_CACHE_DIR/measurements, else $XDG_CACHE_HOME/ferry/measurements, else ~/.cache/…
+  // In io::cache_folder().
   static std::filesystem::path default_folder();
 
   std::optional<Measurement> find(const MeasurementKey& key) const;
-  // Keeps the larger activation peak of the old and the new, and the new times. Throws IoError;
+  // Keeps the larger activation peak of the old and the new, the new times, and the old read rate
+  // where the new one is 0. Throws IoError;
   // ArgumentError for a component that is no file name.
   void store(const MeasurementKey& key, const Measurement& measurement) const;
 

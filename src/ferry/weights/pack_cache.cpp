@@ -14,6 +14,7 @@
 #include "ferry/io/atomic_file.h"
 #include "ferry/io/checksum.h"
 #include "ferry/io/json_file.h"
+#include "ferry/io/scratch_file.h"
 #include "ferry/weights/file_lock.h"
 
 namespace ferry::weights {
@@ -119,10 +120,7 @@ const char* environment(const char* name) {
 }  // namespace
 
 fs::path PackCache::default_folder() {
-  if (const char* folder = environment("FERRY_CACHE_DIR")) return folder;
-  if (const char* folder = environment("XDG_CACHE_HOME")) return fs::path(folder) / "ferry";
-  if (const char* home = environment("HOME")) return fs::path(home) / ".cache" / "ferry";
-  throw_error<IoError>("no cache folder: set FERRY_CACHE_DIR, XDG_CACHE_HOME or HOME");
+  return io::cache_folder();
 }
 
 uint64_t PackCache::default_limit_bytes() {

@@ -50,8 +50,7 @@ struct CacheEntry {
 // Thread-safe.
 class PackCache {
  public:
-  // $FERRY_CACHE_DIR, else $XDG_CACHE_HOME/ferry, else ~/.cache/ferry. Throws IoError if none of
-  // the variables nor HOME is set.
+  // io::cache_folder().
   static std::filesystem::path default_folder();
   // $FERRY_CACHE_LIMIT ("100GB"), else 64 GiB. Throws ArgumentError.
   static uint64_t default_limit_bytes();
