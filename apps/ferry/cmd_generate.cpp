@@ -12,10 +12,10 @@
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
-#include "ferry/models/autoencoders/autoencoder.h"
 #include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
+#include "ferry/pipelines/time_estimate.h"
 #include "ferry/tensor/device.h"
 #include "measure.h"
 #include "tensor_file.h"
@@ -28,9 +28,10 @@ using Clock = std::chrono::steady_clock;
 
 struct GenerateOptions {
   std::string model, output, latents, output_type = "image", dtype, device, variant, stats, trace;
+  std::string embeds, save_embeds;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
   PictureOptions picture;  // all but the prompts, which may be several here
-  std::optional<uint64_t> weights_memory, host_memory, io_limit;
+  std::optional<uint64_t> weights_memory, host_memory, reserve, io_limit;
   std::string memory = "auto";
   std::optional<int> threads;
   int quality = 95;
@@ -94,11 +95,15 @@ std::optional<pipelines::Texts> optional_texts(const std::vector<std::string>& t
 
 // What a picture was made from, for its file.
 std::vector<std::pair<std::string, std::string>> picture_text(
-    const GenerateOptions& options, uint64_t seed, size_t index,
+    const GenerateOptions& options, uint64_t seed, size_t index, size_t count,
     const pipelines::DiffusionPipeline& pipeline, const pipelines::Image& image) {
-  size_t prompt =
-      std::min(index / static_cast<size_t>(options.picture.num_images), options.prompt.size() - 1);
-  std::vector<std::pair<std::string, std::string>> text = {{"prompt", options.prompt[prompt]}};
+  const size_t prompt = index / static_cast<size_t>(options.picture.num_images);
+  std::vector<std::pair<std::string, std::string>> text;
+  if (options.embeds.empty()) {
+    text.emplace_back("prompt", options.prompt[prompt]);
+  } else {
+    text.emplace_back("embeds", options.embeds);
+  }
   auto add = [&](const char* key, const auto& value) {
     if (value) text.emplace_back(key, fmt::format("{}", *value));
   };
@@ -110,8 +115,7 @@ std::vector<std::pair<std::string, std::string>> picture_text(
         options.negative_prompt[std::min(prompt, options.negative_prompt.size() - 1)]);
   }
   text.emplace_back("seed", std::to_string(seed));
-  text.emplace_back("image", fmt::format("{} of {}", index + 1,
-                                         options.prompt.size() * options.picture.num_images));
+  text.emplace_back("image", fmt::format("{} of {}", index + 1, count));
   add("steps", options.picture.steps);
   add("guidance_scale", options.picture.guidance_scale);
   add("true_cfg_scale", options.picture.true_cfg_scale);
@@ -125,6 +129,38 @@ std::vector<std::pair<std::string, std::string>> picture_text(
   return text;
 }
 
+// The arguments that embeddings are given by, under the names of their tensors in a file.
+std::map<std::string, std::optional<at::Tensor>*> embeds_of(pipelines::TextToImageArguments& a) {
+  return {{"prompt_embeds", &a.prompt_embeds},
+          {"pooled_prompt_embeds", &a.pooled_prompt_embeds},
+          {"negative_prompt_embeds", &a.negative_prompt_embeds},
+          {"negative_pooled_prompt_embeds", &a.negative_pooled_prompt_embeds}};
+}
+
+void load_embeds(const std::string& file, pipelines::TextToImageArguments& a) {
+  const auto into = embeds_of(a);
+  for (const auto& [name, tensor] : load_tensors(file)) {
+    const auto place = into.find(name);
+    if (place == into.end()) {
+      throw_error<ArgumentError>(
+          "--embeds {}: has a tensor \"{}\", expected prompt_embeds, pooled_prompt_embeds, "
+          "negative_prompt_embeds and negative_pooled_prompt_embeds, as --save-embeds writes them",
+          file, name);
+    }
+    *place->second = tensor;
+  }
+  if (!a.prompt_embeds)
+    throw_error<ArgumentError>("--embeds {}: has no tensor \"prompt_embeds\"", file);
+}
+
+// In place of the prompts from here on.
+void use_embeds(const pipelines::CallbackTensors& embeds, pipelines::TextToImageArguments& a) {
+  const auto into = embeds_of(a);
+  for (const auto& [name, tensor] : embeds) *into.at(name) = tensor;
+  a.prompt = {};
+  for (auto* texts : {&a.prompt_2, &a.negative_prompt, &a.negative_prompt_2}) texts->reset();
+}
+
 pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uint64_t seed) {
   pipelines::TextToImageArguments a = pipelines::arguments_of(options.picture, seed);
   a.prompt = pipelines::Texts(options.prompt);
@@ -132,6 +168,7 @@ pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uin
   a.negative_prompt = optional_texts(options.negative_prompt);
   a.negative_prompt_2 = optional_texts(options.negative_prompt_2);
   a.output_type = pipelines::parse_output_type(options.output_type);
+  if (!options.embeds.empty()) load_embeds(options.embeds, a);
   if (!options.latents.empty()) {
     auto tensors = load_tensors(options.latents);
     if (auto it = tensors.find("latents"); it != tensors.end()) {
@@ -146,56 +183,55 @@ pipelines::TextToImageArguments arguments_of(const GenerateOptions& options, uin
   return a;
 }
 
-// What the weights may take; nothing if they all fit in memory. Says what was chosen, and makes the
-// autoencoder decode in tiles where the decode would not fit otherwise.
-std::optional<uint64_t> weights_budget(const GenerateOptions& options,
-                                       pipelines::DiffusionPipeline& pipeline, at::Device device,
-                                       const Context& context) {
-  if (options.weights_memory) return options.weights_memory;
-  pipelines::GenerationSize size;
-  size.width = options.picture.width.value_or(0);
-  size.height = options.picture.height.value_or(0);
-  for (const auto& [name, component] : pipeline.components()) {
-    if (!component.model || !dynamic_cast<models::AutoencoderMixin*>(component.model.get()))
-      continue;
-    const auto trained = component.model->config_json().value("sample_size", int64_t{0});
-    if (size.width == 0) size.width = trained;
-    if (size.height == 0) size.height = trained;
+offload::EngineOptions engine_options(const GenerateOptions& options, at::Device device,
+                                      const Context& context, Trace* trace) {
+  offload::EngineOptions engine;
+  engine.device = device;
+  engine.host_memory_bytes = options.host_memory.value_or(0);
+  engine.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
+  engine.stop = context.stop;
+  engine.trace = trace;
+  return engine;
+}
+
+// Sets the pipeline up for the memory that was asked for, and says in one line what was chosen, how
+// long it will take, and why.
+void set_memory(const GenerateOptions& options, const pipelines::TextToImageArguments& arguments,
+                const pipelines::GenerationSize& size, pipelines::DiffusionPipeline& pipeline,
+                const offload::Measurements& measurements, offload::EngineOptions engine,
+                bool quiet) {
+  std::optional<uint64_t> budget = options.weights_memory;
+  std::string chosen;
+  if (budget) {
+    chosen = fmt::format("{} for weights", format_bytes(*budget));
+    engine.weights_memory_bytes = *budget;
+    pipeline.enable_group_offload(std::make_shared<offload::Engine>(engine));
+  } else {
+    const pipelines::MemoryChoice choice = pipelines::choose_memory(
+        pipeline, size, engine.device,
+        {.memory_bytes = pipelines::parse_memory(options.memory, "--memory"),
+         .reserve_bytes = options.reserve.value_or(0)});
+    chosen = choice.describe();
+    budget = choice.weights_memory_bytes();
+    pipelines::apply_memory(pipeline, choice, engine);
   }
-  size.batch = options.picture.num_images * static_cast<int64_t>(options.prompt.size());
-  size.text_tokens = options.picture.max_sequence_length.value_or(512);
-  size.true_cfg =
-      !options.negative_prompt.empty() && options.picture.true_cfg_scale.value_or(1) > 1;
-  const bool automatic = options.memory == "auto";
-  pipelines::FreeMemory free;
-  if (automatic) free = pipelines::usable_memory(device);
-  const uint64_t total = automatic ? free.usable_bytes : parse_bytes(options.memory, "--memory");
-  const pipelines::MemorySplit split = pipelines::split_memory(pipeline, size, total, device);
-  if (split.tile_vae) {
-    for (const auto& [name, component] : pipeline.components()) {
-      if (auto* vae = dynamic_cast<models::AutoencoderMixin*>(component.model.get()))
-        vae->enable_tiling();
-    }
-  }
-  if (!context.quiet) {
-    std::string help;
-    if (!split.all_fit())
-      help = "; streamed: a smaller picture, a smaller dtype or more memory would make it faster";
-    fmt::print("memory {}{}{}\n", split.describe(),
-               automatic
-                   ? fmt::format(", {} left to other programs", format_bytes(free.headroom_bytes))
-                   : "",
-               help);
-  }
-  if (split.all_fit()) return std::nullopt;
-  return split.weights_bytes;
+  if (quiet) return;
+  const pipelines::TimeEstimate estimate =
+      pipelines::estimate_time(pipeline, size, arguments.num_inference_steps, engine.device, budget,
+                               engine.read.rate_limit_bytes_per_s, measurements);
+  fmt::print("memory {}; {}\n", chosen, estimate.describe());
 }
 
 int run_generate(const GenerateOptions& options, Context& context) {
   auto start = Clock::now();
   bool latent = pipelines::parse_output_type(options.output_type) == pipelines::OutputType::latent;
-  for (const std::string* path : {&options.output, &options.stats, &options.trace})
+  for (const std::string* path :
+       {&options.output, &options.stats, &options.trace, &options.save_embeds})
     check_writable_parent(*path);
+  if (options.prompt.empty() == options.embeds.empty()) {
+    throw_error<ArgumentError>(
+        "generate: give either --prompt, or --embeds with what --save-embeds kept");
+  }
   if (latent) {
     if (fs::path(options.output).extension() != ".safetensors") {
       throw_error<ArgumentError>("--output {}: latents are written as .safetensors",
@@ -215,31 +251,29 @@ int run_generate(const GenerateOptions& options, Context& context) {
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
   load.use_packs = options.use_packs;
+  // Without texts the encoders are not even opened.
+  load.without_text_encoders = arguments.prompt_embeds && !arguments.negative_prompt;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
-  const std::optional<uint64_t> weights_memory =
-      weights_budget(options, *pipeline, device, context);
-  if (weights_memory) {
-    offload::EngineOptions engine;
-    engine.device = device;
-    engine.weights_memory_bytes = *weights_memory;
-    engine.host_memory_bytes = options.host_memory.value_or(0);
-    engine.read.rate_limit_bytes_per_s = options.io_limit.value_or(0);
-    engine.stop = context.stop;
-    engine.trace = tracing;
-    pipeline->enable_group_offload(std::make_shared<offload::Engine>(engine));
-  } else {
-    pipeline->to(device);
-  }
+  const pipelines::GenerationSize size = pipelines::generation_size(*pipeline, arguments);
+  const offload::Measurements measurements(offload::Measurements::default_folder());
+  set_memory(options, arguments, size, *pipeline, measurements,
+             engine_options(options, device, context, tracing), context.quiet);
   double load_seconds = std::chrono::duration<double>(Clock::now() - start).count();
 
   Stages stages(context.quiet, tracing);
   arguments.progress = [&](const pipelines::Progress& progress) { stages.update(progress); };
   arguments.stop = context.stop;
+  if (!options.save_embeds.empty()) {
+    const pipelines::CallbackTensors embeds = pipeline->encode_prompts(arguments);
+    save_tensors(options.save_embeds, embeds);
+    use_embeds(embeds, arguments);
+  }
   pipelines::PipelineOutput output = pipeline->text_to_image(arguments);
   context.stop.throw_if_stopped();
+  pipelines::remember_times(*pipeline, size, device, measurements);
 
   std::vector<std::string> written;
-  std::string size;
+  std::string what;
   if (latent) {
     if (!at::isfinite(output.tensor).all().item<bool>()) {
       throw_error<Error>(
@@ -247,15 +281,16 @@ int run_generate(const GenerateOptions& options, Context& context) {
     }
     save_tensors(options.output, {{"latents", output.tensor}});
     written.push_back(options.output);
-    size = fmt::format("latents [{}]", fmt::join(output.tensor.sizes(), ", "));
+    what = fmt::format("latents [{}]", fmt::join(output.tensor.sizes(), ", "));
   } else {
     for (size_t i = 0; i < output.images.size(); ++i) {
       const pipelines::Image& image = output.images[i];
       written.push_back(numbered(options.output, i, output.images.size()));
       pipelines::save_image(
           image, written.back(),
-          {.quality = options.quality, .text = picture_text(options, seed, i, *pipeline, image)});
-      size = fmt::format("{}x{}", image.width, image.height);
+          {.quality = options.quality,
+           .text = picture_text(options, seed, i, output.images.size(), *pipeline, image)});
+      what = fmt::format("{}x{}", image.width, image.height);
     }
   }
   double seconds = std::chrono::duration<double>(Clock::now() - start).count();
@@ -279,7 +314,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
                                     {"peak_rss_bytes", peak_rss_bytes()}};
     if (!device.is_cpu()) stats["peak_device_bytes"] = peak_device_bytes(device);
     if (pipeline->engine()) {
-      stats["weights_memory_bytes"] = *weights_memory;
+      stats["weights_memory_bytes"] = pipeline->engine()->options().weights_memory_bytes;
       stats["peak_weights_bytes"] = report.peak_bytes;
       stats["stall_seconds"] = report.stall_seconds;
     }
@@ -287,7 +322,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
   }
   if (!context.quiet) {
     fmt::print(
-        "{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), size, seed,
+        "{}: {}, seed {}, {}, peak memory {}, {}\n", fmt::join(written, " "), what, seed,
         format_duration(seconds), format_bytes(peak_rss_bytes()),
         pipeline->engine()
             ? fmt::format("{} streamed (weights {} in {})", format_bytes(report.bytes_read),
@@ -321,7 +356,7 @@ Command add_generate(CLI::App& app) {
         ->type_size(1)
         ->allow_extra_args(false);
   };
-  texts("-p,--prompt", o->prompt, "what to draw; repeat for several pictures")->required();
+  texts("-p,--prompt", o->prompt, "what to draw; repeat for several pictures");
   command
       ->add_option("-o,--output", o->output,
                    "file to write: .png, .jpg, .webp (latents: .safetensors)")
@@ -364,6 +399,15 @@ Command add_generate(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--latents", o->latents, "start from these packed latents (safetensors)")
       ->type_name("FILE");
+  command
+      ->add_option("--save-embeds", o->save_embeds,
+                   "also write what the text encoders make of the prompts (safetensors)")
+      ->type_name("FILE");
+  command
+      ->add_option(
+          "--embeds", o->embeds,
+          "what --save-embeds wrote, in place of prompts: the text encoders are not needed")
+      ->type_name("FILE");
   command->add_option("--output-type", o->output_type, "image or latent")
       ->check(CLI::IsMember({"image", "latent"}))
       ->capture_default_str();
@@ -395,9 +439,12 @@ Command add_generate(CLI::App& app) {
           })
           ->type_name("BYTES|auto")
           ->capture_default_str();
+  CLI::Option* reserve =
+      add_bytes(command, "--reserve", o->reserve, "keep this much of --memory free");
   add_bytes(command, "--weights-memory", o->weights_memory,
             "for the weights alone, e.g. 4GB or 512MiB")
-      ->excludes(memory);
+      ->excludes(memory)
+      ->excludes(reserve);
   add_bytes(command, "--host-memory", o->host_memory,
             "pinned host memory on an accelerator: weights that fit in it need no disk [default: "
             "staging]");

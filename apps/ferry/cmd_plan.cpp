@@ -8,7 +8,7 @@
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
 #include "ferry/offload/timeline.h"
-#include "plan_components.h"
+#include "ferry/pipelines/plan_components.h"
 #include "plan_report.h"
 #include "presets.h"
 
@@ -22,38 +22,6 @@ struct PlanCommandOptions {
   int steps = 28;
   bool json = false, packs = false;
 };
-
-constexpr uint64_t kGiB = 1ull << 30;
-
-// The step of the main component under one GiB more of one tier.
-std::vector<NextGiB> next_gib(const std::vector<PlannedComponent>& components,
-                              const PlanRequest& request) {
-  const PlannedComponent& main = main_component(components);
-  auto with = [&](PlanRequest more) {
-    std::vector<PlannedComponent> again = components;
-    plan_components(again, more);
-    for (const PlannedComponent& c : again) {
-      if (c.name == main.name)
-        return c.passes > 1 ? c.plan.prediction.step_s : c.plan.prediction.first_step_s;
-    }
-    return 0.0;
-  };
-  std::vector<NextGiB> next;
-  PlanRequest more = request;
-  if (request.weights_memory_bytes) {
-    *more.weights_memory_bytes += kGiB;
-    next.push_back({"--weights-memory", with(more)});
-  } else {
-    more.memory_bytes = request.memory_bytes.value_or(request.hardware.memory_bytes) + kGiB;
-    next.push_back({"--memory", with(more)});
-  }
-  if (request.hardware.link_bytes_per_s > 0) {
-    more = request;
-    more.host_memory_bytes += kGiB;
-    next.push_back({"--host-memory", with(more)});
-  }
-  return next;
-}
 
 int run_plan(const PlanCommandOptions& options, Context&) {
   if (options.folder.empty() == options.preset.empty())
@@ -81,14 +49,14 @@ int run_plan(const PlanCommandOptions& options, Context&) {
     request.memory_bytes = request.hardware.memory_bytes;
   }
 
-  std::vector<PlannedComponent> components = options.preset.empty()
-                                                 ? components_of_folder(options.folder, request)
-                                                 : components_of_preset(options.preset, request);
-  plan_components(components, request);
-  const std::vector<NextGiB> next = next_gib(components, request);
+  std::vector<PlannedComponent> components =
+      options.preset.empty() ? pipelines::components_of_folder(options.folder, request)
+                             : components_of_preset(options.preset, request);
+  pipelines::plan_components(components, request);
+  const std::vector<NextGiB> next = pipelines::next_gib(components, request);
   const std::string title = options.preset.empty() ? options.folder : options.preset;
   if (!options.svg.empty()) {
-    const PlannedComponent& main = main_component(components);
+    const PlannedComponent& main = pipelines::main_component(components);
     const offload::Simulation simulation =
         offload::simulate(main.groups, main.options, main.plan, {.record = true});
     const bool steady = main.passes > 1;

@@ -160,6 +160,11 @@ std::string memory_lines(const PlannedComponent& c, const PlanRequest& request, 
   if (!link) line("staging", c.plan.staging_bytes, "packed bytes on their way");
   line("activations", c.activation_bytes, c.workload.tiled ? "estimated, in tiles" : "estimated");
   line("context", request.hardware.context_bytes, "what the device's runtime takes");
+  if (request.weights_memory_bytes) {
+    const uint64_t weights = small + c.plan.peak_bytes();
+    line("weights in all", weights,
+         fmt::format("of {} (--weights-memory)", format_bytes(*request.weights_memory_bytes)));
+  }
   text += fmt::format(
       "  {:<28}{:>10}{}\n", "predicted peak", format_bytes(c.peak_bytes),
       request.memory_bytes ? fmt::format("  of {}", format_bytes(*request.memory_bytes)) : "");
@@ -172,7 +177,7 @@ std::string plan_text(const std::string& title, const std::vector<PlannedCompone
                       const PlanRequest& request, const std::vector<NextGiB>& next) {
   const offload::Hardware& hardware = request.hardware;
   const bool link = hardware.link_bytes_per_s > 0;
-  const PlannedComponent& main = main_component(components);
+  const PlannedComponent& main = pipelines::main_component(components);
   uint64_t small = 0;
   for (const PlannedComponent& component : components) small += component.small_bytes;
 

@@ -6,15 +6,13 @@
 #include <string>
 #include <vector>
 
-#include "plan_components.h"
+#include "ferry/pipelines/plan_components.h"
 
 namespace ferry::cli {
 
-// One more GiB of a tier: what the step of the main component takes then.
-struct NextGiB {
-  std::string what;  // "--memory", "--host-memory"
-  double step_s;
-};
+using pipelines::NextGiB;
+using pipelines::PlannedComponent;
+using pipelines::PlanRequest;
 
 std::string plan_text(const std::string& title, const std::vector<PlannedComponent>& components,
                       const PlanRequest& request, const std::vector<NextGiB>& next);

@@ -1,5 +1,7 @@
 #include "presets.h"
 
+#include "ferry/base/error.h"
+
 namespace ferry::cli {
 
 namespace {
@@ -12,6 +14,20 @@ constexpr const char* kFluxVae =
         "sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159,
         "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
         "use_post_quant_conv": false, "use_quant_conv": false})";
+
+// Component name, preset.
+std::vector<std::pair<std::string, std::string>> parts_of(const std::string& preset) {
+  const bool tiny = preset.ends_with("-tiny");
+  const std::string suffix = tiny ? "-tiny" : "";
+  const std::string base = preset.substr(0, preset.size() - suffix.size());
+  if (base == "flux-dev" || base == "flux-schnell") {
+    return {{"text_encoder", "clip-l" + suffix},
+            {"text_encoder_2", "t5-xxl" + suffix},
+            {"transformer", preset},
+            {"vae", "flux-vae" + suffix}};
+  }
+  return {{"", preset}};
+}
 
 }  // namespace
 
@@ -91,6 +107,21 @@ std::string preset_names() {
   for (const Preset& preset : presets())
     names += (names.empty() ? "" : ", ") + std::string(preset.name);
   return names;
+}
+
+std::vector<pipelines::PlannedComponent> components_of_preset(
+    const std::string& preset, const pipelines::PlanRequest& request) {
+  std::vector<pipelines::PlannedComponent> components;
+  for (const auto& [name, part] : parts_of(preset)) {
+    const Preset* found = find_preset(part);
+    if (!found)
+      throw_error<ArgumentError>("--preset {}: unknown; presets: {}", preset, preset_names());
+    auto model = models::make_model(found->class_name, nlohmann::ordered_json::parse(found->config),
+                                    found->name);
+    components.push_back(
+        pipelines::describe_component(name, std::move(model), at::kBFloat16, request));
+  }
+  return components;
 }
 
 }  // namespace ferry::cli

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "ferry/pipelines/plan_components.h"
+
 namespace ferry::cli {
 
 struct Preset {
@@ -20,5 +22,9 @@ const std::vector<Preset>& presets();
 const Preset* find_preset(const std::string& name);
 // "a, b, c"
 std::string preset_names();
+// What `ferry plan --preset` plans ("flux-dev": with its text encoders and autoencoder; "t5-xxl"),
+// in the order in which they run. Throws ArgumentError.
+std::vector<pipelines::PlannedComponent> components_of_preset(
+    const std::string& preset, const pipelines::PlanRequest& request);
 
 }  // namespace ferry::cli

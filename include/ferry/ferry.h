@@ -16,6 +16,12 @@ namespace ferry {
 struct PipelineOptions {
   // Bytes that all weights together may take: they are streamed from disk. 0: all in memory.
   uint64_t weights_memory_bytes = 0;
+  // Of everything ferry may hold where compute happens: "6GiB", or "auto" for what is free, leaving
+  // a tenth to others. Weights that do not fit beside a picture's activations are streamed. Empty:
+  // no limit. Excludes weights_memory_bytes.
+  std::string memory{};
+  // Bytes of `memory` that the application keeps for itself.
+  uint64_t reserve_bytes = 0;
   // "bf16", "fp32", "fp16", or for each component "transformer=bf16,vae=fp32". Empty: as stored.
   std::string dtype{};
   // "cpu", "cuda", "cuda:1", or "auto": the first accelerator if there is one. Empty:

@@ -23,6 +23,7 @@ using ::testing::Not;
 using testing_apps::ferry;
 using testing_apps::Result;
 using testing_apps::start;
+using testing_apps::tiny_picture;
 using testing_io::read_text;
 using testing_io::TempFolder;
 using testing_io::write_text;
@@ -176,31 +177,10 @@ TEST(Cli, TokenizeGivesHuggingFacesIds) {
 
 TEST(Cli, GenerateWritesPicturesWithTheirParameters) {
   TempFolder folder;
-  std::vector<std::string> arguments = {"generate",
-                                        "--model",
-                                        kFixtures + "/pipelines/flux-tiny",
-                                        "--prompt",
-                                        "a red circle",
-                                        "--width",
-                                        "48",
-                                        "--height",
-                                        "32",
-                                        "--steps",
-                                        "2",
-                                        "--max-sequence-length",
-                                        "16",
-                                        "--seed",
-                                        "5",
-                                        "--num-images",
-                                        "2",
-                                        "--weights-memory",
-                                        "256KiB",
-                                        "--output",
-                                        (folder / "x.png").string(),
-                                        "--stats",
-                                        (folder / "stats.json").string(),
-                                        "--trace",
-                                        (folder / "trace.json").string()};
+  std::vector<std::string> arguments =
+      tiny_picture(folder / "x.png",
+                   {"--num-images", "2", "--weights-memory", "256KiB", "--stats",
+                    (folder / "stats.json").string(), "--trace", (folder / "trace.json").string()});
   Result result = ferry(arguments);
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("x-0.png"));
@@ -218,6 +198,100 @@ TEST(Cli, GenerateWritesPicturesWithTheirParameters) {
   arguments.push_back("--quiet");
   result = ferry(arguments);
   EXPECT_EQ(result.out + result.err, "");
+}
+
+std::vector<uint8_t> pixels(const fs::path& png) {
+  return pipelines::load_png(png).pixels;
+}
+
+TEST(Cli, EmbeddingsAreKeptAndTakeThePlaceOfPrompts) {
+  TempFolder folder;
+  const std::string embeds = (folder / "embeds.safetensors").string();
+  const std::vector<std::string> guided = {"--negative-prompt", "stars", "--true-cfg-scale", "2"};
+  ASSERT_EQ(ferry(tiny_picture(folder / "plain.png", guided)).code, 0);
+  std::vector<std::string> saving = guided;
+  saving.insert(saving.end(), {"--save-embeds", embeds});
+  Result result = ferry(tiny_picture(folder / "saved.png", saving));
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_TRUE(pixels(folder / "saved.png") == pixels(folder / "plain.png"));
+  EXPECT_EQ(tensor(embeds, "prompt_embeds").dim(), 3);
+  tensor(embeds, "negative_pooled_prompt_embeds");
+
+  // From a pipeline that has no text encoders any more.
+  const fs::path model = folder / "model";
+  fs::copy(kFixtures + "/pipelines/flux-tiny", model, fs::copy_options::recursive);
+  for (const char* part : {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"})
+    fs::remove_all(model / part);
+  auto from = [&](const std::string& file, const std::vector<std::string>& more = {}) {
+    std::vector<std::string> options = {"--embeds", file};
+    options.insert(options.end(), more.begin(), more.end());
+    std::vector<std::string> arguments = tiny_picture(folder / "given.png", options, "");
+    arguments[2] = model.string();
+    return ferry(arguments);
+  };
+  result = from(embeds, {"--true-cfg-scale", "2"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_TRUE(pixels(folder / "given.png") == pixels(folder / "plain.png"));
+  std::vector<std::pair<std::string, std::string>> text;
+  pipelines::load_png(folder / "given.png", &text);
+  EXPECT_THAT(text, ::testing::Contains(std::pair<std::string, std::string>("embeds", embeds)));
+
+  // Files that are none, and the wrong ones.
+  const std::string latents = (folder / "latents.safetensors").string();
+  ASSERT_EQ(ferry(tiny_picture(latents, {"--output-type", "latent"})).code, 0);
+  result = from(latents);
+  EXPECT_EQ(result.code, 2);
+  EXPECT_THAT(result.err, HasSubstr("has a tensor \"latents\", expected prompt_embeds"));
+  result = from((folder / "none.safetensors").string());
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("none.safetensors"));
+  io::SafetensorsWriter writer(folder / "small.safetensors",
+                               {{"prompt_embeds", io::Dtype::F32, {1, 2, 1}},
+                                {"pooled_prompt_embeds", io::Dtype::F32, {1, 1}}});
+  const float values[3] = {1, 2, 3};
+  writer.write(std::as_bytes(std::span(values)).first(8));
+  writer.write(std::as_bytes(std::span(values)).last(4));
+  writer.finish();
+  result = from((folder / "small.safetensors").string());
+  EXPECT_EQ(result.code, 2);
+  EXPECT_THAT(result.err, HasSubstr("got [1, 2, 1] and pooled [1, 1], expected"));
+  result = ferry(tiny_picture(folder / "x.png", {"--embeds", embeds}));
+  EXPECT_EQ(result.code, 2);
+  EXPECT_THAT(result.err, HasSubstr("either --prompt, or --embeds"));
+}
+
+// The line before the first step: what was chosen, how long it takes, and why.
+TEST(Cli, GenerateSaysWhatItChose) {
+  TempFolder folder;
+  setenv("FERRY_CACHE_DIR", (folder / "cache").c_str(), 1);
+  auto line = [&](const std::vector<std::string>& more, const std::string& model = "") {
+    std::vector<std::string> arguments = tiny_picture(folder / "x.png", more);
+    if (!model.empty()) arguments[2] = model;
+    Result result = ferry(arguments);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return result.out.substr(0, result.out.find('\n'));
+  };
+  const std::string first = line({});
+  EXPECT_THAT(first, HasSubstr("memory "));
+  EXPECT_THAT(first, HasSubstr("left to other programs"));
+  EXPECT_THAT(first, HasSubstr("how long it takes is not known"));
+  const std::string second = line({});
+  EXPECT_THAT(second, HasSubstr("2 steps in about"));
+  EXPECT_THAT(second, HasSubstr("limited by computing"));
+  const std::string reserved = line({"--memory", "4GiB", "--reserve", "1GiB"});
+  EXPECT_THAT(reserved, HasSubstr("4.00 GiB: 1.00 GiB reserved"));
+  const std::string shapes = std::string(FERRY_MODELS) + "/shapes";
+  line({}, shapes);
+  const std::string slow = line({"--weights-memory", "2MiB", "--io-limit", "20MB/s"}, shapes);
+  EXPECT_THAT(slow, HasSubstr("2.00 MiB for weights; 2 steps in about"));
+  EXPECT_THAT(slow, HasSubstr("limited by the disk; with 1 GiB more memory"));
+  Result result = ferry(tiny_picture(folder / "x.png", {"--memory", "1GiB", "--reserve", "1GiB"}));
+  EXPECT_EQ(result.code, 1);
+  EXPECT_THAT(result.err, HasSubstr("1.00 GiB reserved"));
+  EXPECT_EQ(
+      ferry(tiny_picture(folder / "x.png", {"--weights-memory", "1GiB", "--reserve", "1GiB"})).code,
+      2);
+  unsetenv("FERRY_CACHE_DIR");
 }
 
 TEST(Cli, StoppedGenerationLeavesNothingBehind) {
@@ -323,6 +397,13 @@ TEST(Cli, PlanPredictsMemoryAndTime) {
   for (const auto& group : transformer["groups"]) groups += group["bytes"].get<uint64_t>();
   EXPECT_EQ(groups, transformer["resident_bytes"].get<uint64_t>() +
                         transformer["streamed_bytes"].get<uint64_t>());
+}
+
+TEST(Cli, PlanUnderAWeightsBudgetHoldsIt) {
+  Result result = ferry({"plan", "--preset", "t5-xxl", "--weights-memory", "2GiB"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("weights in all"));
+  EXPECT_THAT(result.out, HasSubstr("of 2.00 GiB (--weights-memory)"));
 }
 
 TEST(Cli, PlanReadsFoldersAndStatesTheLeastMemory) {

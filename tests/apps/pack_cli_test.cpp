@@ -20,6 +20,7 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using testing_apps::ferry;
 using testing_apps::Result;
+using testing_apps::tiny_picture;
 using testing_io::read_text;
 using testing_io::write_text;
 using Json = nlohmann::json;
@@ -154,27 +155,9 @@ TEST_F(PackCli, TheCacheServesEachModelItsOwn) {
 
 TEST_F(PackCli, PicturesFromPacksAreTheSame) {
   auto picture = [&](bool packs) {
-    std::vector<std::string> arguments = {"generate",
-                                          "--model",
-                                          kPipeline,
-                                          "--prompt",
-                                          "a red circle",
-                                          "--width",
-                                          "48",
-                                          "--height",
-                                          "32",
-                                          "--steps",
-                                          "2",
-                                          "--max-sequence-length",
-                                          "16",
-                                          "--seed",
-                                          "5",
-                                          "--threads",
-                                          "1",
-                                          "--output",
-                                          path("x.png")};
-    if (packs) arguments.insert(arguments.end(), {"--use-packs", "--weights-memory", "256KiB"});
-    Result result = ferry(arguments);
+    std::vector<std::string> more;
+    if (packs) more = {"--use-packs", "--weights-memory", "256KiB"};
+    Result result = ferry(tiny_picture(path("x.png"), more));
     EXPECT_EQ(result.code, 0) << result.err;
     EXPECT_THAT(result.err, Not(HasSubstr("there is no pack")));
     return pipelines::load_png(path("x.png")).pixels;

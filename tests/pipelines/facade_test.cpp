@@ -1,9 +1,12 @@
 #include "ferry/ferry.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <stdlib.h>
 
 #include "../io/temp_folder.h"
 #include "ferry/base/error.h"
+#include "ferry/base/log_sink.h"
 
 namespace ferry {
 namespace {
@@ -35,6 +38,46 @@ TEST(Facade, LoadsGeneratesAndSaves) {
   pictures[0].save((folder / "a.png").string());
   EXPECT_EQ(testing_io::read_text(folder / "a.png").substr(1, 3), "PNG");
   EXPECT_THROW(pictures[0].save((folder / "a.xyz").string()), std::runtime_error);
+}
+
+// One budget for everything; sizes decide what it leaves for weights, and may change.
+TEST(Facade, OneBudgetForEverything) {
+  testing_io::TempFolder cache;
+  setenv("FERRY_CACHE_DIR", cache.path().c_str(), 1);
+  const std::string folder = FERRY_FIXTURES "/pipelines/flux-tiny";
+  PictureOptions options;
+  options.prompt = "a red circle";
+  options.width = 48;
+  options.height = 32;
+  options.steps = 2;
+  options.max_sequence_length = 16;
+  options.seed = 3;
+  const auto expected = Pipeline::load(folder).generate(options);
+  std::vector<std::string> lines;
+  struct Sink {
+    explicit Sink(std::vector<std::string>& lines) {
+      log::set_sink([&](log::Level, std::string_view line) { lines.emplace_back(line); });
+    }
+    ~Sink() { log::set_sink(nullptr); }
+  } sink(lines);
+  for (const char* memory : {"auto", "8GiB"}) {
+    lines.clear();
+    auto pipeline = Pipeline::load(folder, {.memory = memory, .reserve_bytes = 64 << 20});
+    EXPECT_EQ(pipeline.generate(options)[0].rgb, expected[0].rgb) << memory;
+    EXPECT_EQ(pipeline.generate(options)[0].rgb, expected[0].rgb) << memory;
+    EXPECT_THAT(lines, ::testing::Contains(::testing::HasSubstr("64.0 MiB reserved")))
+        << "it says what it chose";
+    PictureOptions wider = options;
+    wider.width = 64;
+    EXPECT_EQ(pipeline.generate(wider)[0].width, 64);
+  }
+  unsetenv("FERRY_CACHE_DIR");
+  auto small = Pipeline::load(folder, {.memory = "1MiB"});
+  EXPECT_THROW(small.generate(options), BudgetError);
+  EXPECT_THROW(Pipeline::load(folder, {.memory = "a lot"}), ArgumentError);
+  EXPECT_THROW(Pipeline::load(folder, {.weights_memory_bytes = 1 << 20, .memory = "auto"}),
+               ArgumentError);
+  EXPECT_THROW(Pipeline::load(folder, {.reserve_bytes = 1 << 20}), ArgumentError);
 }
 
 TEST(Facade, TheDeviceIsChosenAtLoad) {

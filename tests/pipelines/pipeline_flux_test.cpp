@@ -103,7 +103,24 @@ PipelineCase tiny() {
   a.width = 48;
   a.num_inference_steps = 2;
   a.max_sequence_length = 32;
-  return {.name = "FluxTiny", .folder = kFolder, .arguments = a};
+  return {.name = "FluxTiny",
+          .folder = kFolder,
+          .arguments = a,
+          .sizes = {{128, 96, 1}, {128, 128, 3}}};
+}
+
+// The trained pipeline, in bfloat16.
+PipelineCase shapes() {
+  TextToImageArguments a;
+  a.prompt = "a large red circle on a white background";
+  a.height = 64;
+  a.width = 64;
+  a.num_inference_steps = 2;
+  a.max_sequence_length = 24;
+  return {.name = "FluxShapes",
+          .folder = fs::path(FERRY_MODELS) / "shapes",
+          .arguments = a,
+          .sizes = {{256, 256, 1}, {256, 256, 3}}};
 }
 
 }  // namespace
@@ -111,6 +128,9 @@ PipelineCase tiny() {
 
 namespace ferry::testing {
 INSTANTIATE_TEST_SUITE_P(Pipelines, PipelineTester, ::testing::Values(pipelines::tiny()),
+                         pipeline_case_name);
+INSTANTIATE_TEST_SUITE_P(Pipelines, PipelineBudgetTester,
+                         ::testing::Values(pipelines::tiny(), pipelines::shapes()),
                          pipeline_case_name);
 }  // namespace ferry::testing
 
@@ -137,6 +157,140 @@ TEST(FluxPipeline, EmbeddingsStandForThePrompt) {
   EXPECT_TRUE(at::equal((*pipeline)(a).tensor, (*pipeline)(b).tensor));
 }
 
+// Counts the calls of a model.
+class CallCounter : public nn::ModuleHook {
+ public:
+  explicit CallCounter(models::Model& model) : model_(model) {
+    model.add_hook("count", std::shared_ptr<nn::ModuleHook>(this, [](nn::ModuleHook*) {}));
+  }
+  ~CallCounter() override { model_.remove_hook("count"); }
+  void before(nn::Module&) override { ++calls; }
+  int calls = 0;
+
+ private:
+  models::Model& model_;
+};
+
+TEST(FluxPipeline, APromptIsEncodedOnce) {
+  for (bool streamed : {false, true}) {
+    SCOPED_TRACE(streamed ? "streamed" : "resident");
+    auto pipeline = load();
+    if (streamed) pipeline->set_memory_budget(256 << 10);
+    CallCounter clip(pipeline->model("text_encoder")), t5(pipeline->model("text_encoder_2"));
+    const at::Tensor first = (*pipeline)(small()).tensor;
+    EXPECT_EQ(clip.calls, 1);
+    EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, first));
+    EXPECT_EQ(clip.calls, 1);
+    EXPECT_EQ(t5.calls, 1);
+
+    if (streamed) {  // nor are their weights read
+      const offload::Report before = pipeline->engine()->report();
+      auto a = small();
+      pipeline->encode_prompt(a.prompt, a.prompt, 1, 32);
+      EXPECT_EQ(pipeline->engine()->report().bytes_read, before.bytes_read);
+      EXPECT_EQ(pipeline->engine()->report().leases, before.leases);
+    }
+
+    // What they see is another: a longer sequence is T5's affair alone.
+    auto longer = small();
+    longer.max_sequence_length = 48;
+    EXPECT_FALSE(at::equal((*pipeline)(longer).tensor, first));
+    EXPECT_EQ(clip.calls, 1);
+    EXPECT_EQ(t5.calls, 2);
+
+    // With a negative prompt only that one is new.
+    auto guided = small();
+    guided.negative_prompt = "stars";
+    guided.true_cfg_scale = 2;
+    (*pipeline)(guided);
+    EXPECT_EQ(clip.calls, 2);
+    EXPECT_EQ(t5.calls, 3);
+    EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, first));
+
+    pipeline->prompt_cache().set_limit(0);
+    EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, first));
+    EXPECT_EQ(clip.calls, 3);
+  }
+}
+
+// A change of the encoders' weights is a change of what they give, resident or streamed.
+TEST(FluxPipeline, RememberedPromptsDoNotOutliveTheWeights) {
+  const std::string weight = "encoder.layers.0.mlp.fc1.weight";
+  auto change = [&](FluxPipeline& pipeline) {
+    for (const weights::Slot& slot : weights::collect_slots(pipeline.model("text_encoder"))) {
+      at::Tensor tensor = slot.tensor;
+      if (slot.name() == weight) tensor.set_data(at::full(tensor.sizes(), 0.02));
+    }
+  };
+  auto changed_first = load();
+  change(*changed_first);
+  const at::Tensor expected = (*changed_first)(small()).tensor;
+  for (bool streamed : {false, true}) {
+    SCOPED_TRACE(streamed ? "streamed" : "resident");
+    auto pipeline = load();
+    if (streamed) pipeline->set_memory_budget(1 << 20);
+    const at::Tensor before = (*pipeline)(small()).tensor;
+    change(*pipeline);
+    EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, expected));
+    EXPECT_FALSE(at::equal(before, expected));
+    CallCounter clip(pipeline->model("text_encoder"));
+    EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, expected));
+    EXPECT_EQ(clip.calls, 0);
+  }
+}
+
+// What a callback does to the embeddings stays there.
+TEST(FluxPipeline, RememberedPromptsAreNobodysToChange) {
+  auto pipeline = load();
+  const at::Tensor first = (*pipeline)(small()).tensor;
+  auto a = small();
+  a.callback_on_step_end_tensor_inputs = {"prompt_embeds"};
+  a.callback_on_step_end = [](DiffusionPipeline&, int64_t, const at::Tensor&,
+                              const CallbackTensors& tensors) {
+    tensors.at("prompt_embeds").zero_();
+    return CallbackTensors{};
+  };
+  EXPECT_FALSE(at::equal((*pipeline)(a).tensor, first));
+  EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, first));
+}
+
+TEST(FluxPipeline, PromptsBecomeEmbeddingsThatTakeTheirPlace) {
+  auto pipeline = load();
+  TextToImageArguments a;
+  static_cast<CommonArguments&>(a) = small();
+  a.height = 32;
+  a.width = 48;
+  a.num_inference_steps = 2;
+  a.max_sequence_length = 32;
+  a.negative_prompt = "stars";
+  a.true_cfg_scale = 2;
+  const at::Tensor expected = pipeline->text_to_image(a).tensor;
+  const CallbackTensors embeds = pipeline->encode_prompts(a);
+  ASSERT_EQ(embeds.size(), 4u);
+
+  // The text encoders are not there at all.
+  auto without = load({.without_text_encoders = true});
+  EXPECT_FALSE(without->has("text_encoder") || without->has("tokenizer_2"));
+  TextToImageArguments b;
+  static_cast<CommonArguments&>(b) = small();
+  b.height = 32;
+  b.width = 48;
+  b.num_inference_steps = 2;
+  b.true_cfg_scale = 2;
+  b.prompt = {};
+  b.prompt_embeds = embeds.at("prompt_embeds");
+  b.pooled_prompt_embeds = embeds.at("pooled_prompt_embeds");
+  b.negative_prompt_embeds = embeds.at("negative_prompt_embeds");
+  b.negative_pooled_prompt_embeds = embeds.at("negative_pooled_prompt_embeds");
+  EXPECT_TRUE(at::equal(without->text_to_image(b).tensor, expected));
+
+  b.generator = {tensor::Generator().manual_seed(7)};
+  b.negative_prompt_embeds.reset();
+  b.prompt_embeds = at::zeros({1, 32, 3});
+  EXPECT_THAT(error_of<ArgumentError>([&] { without->text_to_image(b); }),
+              HasSubstr("got [1, 32, 3]"));
+}
+
 TEST(FluxPipeline, GivenLatentsAreTheStart) {
   auto pipeline = load();
   auto drawn = tensor::randn_tensor({1, 4, 16, 24}, {tensor::Generator().manual_seed(7)});
@@ -145,6 +299,70 @@ TEST(FluxPipeline, GivenLatentsAreTheStart) {
   a.latents = FluxPipeline::pack_latents(drawn);
   EXPECT_TRUE(at::equal((*pipeline)(a).tensor, (*pipeline)(small()).tensor));
   EXPECT_TRUE(at::equal(FluxPipeline::unpack_latents(*a.latents, 32, 48, 2), drawn));
+}
+
+// A batch in passes of fewer pictures: each pass is what it is alone, and streamed weights cross
+// once a step for all of them.
+TEST(FluxPipeline, ABatchInPassesInLockstep) {
+  at::set_num_threads(1);
+  auto load_shapes = [] {
+    return std::dynamic_pointer_cast<FluxPipeline>(
+        DiffusionPipeline::from_pretrained(FERRY_MODELS "/shapes"));
+  };
+  auto batch = [] {
+    auto a = small();
+    a.height = a.width = 64;
+    a.num_inference_steps = 4;
+    a.max_sequence_length = 24;
+    a.num_images_per_prompt = 3;
+    a.negative_prompt = "stars";
+    a.true_cfg_scale = 2;
+    return a;
+  };
+  auto resident = load_shapes();
+  resident->set_pictures_per_pass(2);
+  const at::Tensor in_turn = (*resident)(batch()).tensor;
+  // Alone: the first two pictures, then the third, from the same noise.
+  const at::Tensor noise = FluxPipeline::pack_latents(
+      tensor::randn_tensor({3, 4, 16, 16}, {tensor::Generator().manual_seed(7)}, at::kBFloat16));
+  for (auto [begin, count] : {std::pair{0, 2}, std::pair{2, 1}}) {
+    auto alone = batch();
+    alone.num_images_per_prompt = count;
+    alone.latents = noise.narrow(0, begin, count);
+    EXPECT_TRUE(at::equal((*load_shapes())(alone).tensor, in_turn.narrow(0, begin, count)));
+  }
+
+  auto streamed = [&] {
+    auto pipeline = load_shapes();
+    offload::EngineOptions options;
+    options.weights_memory_bytes = 2560 << 10;
+    options.preferred_arena_bytes = 2 << 20;
+    pipeline->enable_group_offload(std::make_shared<offload::Engine>(options));
+    return pipeline;
+  };
+  // Of a second run, when the order and the prompt are known.
+  auto bytes = [&](FluxPipeline& pipeline, auto arguments) {
+    pipeline(arguments());
+    const uint64_t before = pipeline.engine()->report().bytes_read;
+    const at::Tensor latents = pipeline(arguments()).tensor;
+    return std::pair{pipeline.engine()->report().bytes_read - before, latents};
+  };
+  auto single = [&] {
+    auto a = batch();
+    a.num_images_per_prompt = 1;
+    a.true_cfg_scale = 1;
+    return a;
+  };
+  const uint64_t one_pass = bytes(*streamed(), single).first;
+  ASSERT_GT(one_pass, 4u << 20) << "nothing is streamed";
+  for (auto turn : {hooks::LockstepTurn::group, hooks::LockstepTurn::block}) {
+    auto pipeline = streamed();
+    pipeline->set_pictures_per_pass(2);
+    pipeline->set_lockstep_turn(turn);
+    const auto [four_passes, latents] = bytes(*pipeline, batch);
+    EXPECT_LT(four_passes, 2 * one_pass);
+    EXPECT_TRUE(at::equal(latents, in_turn));
+  }
 }
 
 TEST(FluxPipeline, ComponentsCanBeReplaced) {

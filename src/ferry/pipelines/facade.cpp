@@ -3,9 +3,12 @@
 #include <random>
 
 #include "ferry/base/error.h"
+#include "ferry/base/log.h"
 #include "ferry/ferry.h"
+#include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
+#include "ferry/pipelines/time_estimate.h"
 #include "ferry/tensor/device.h"
 
 namespace ferry {
@@ -40,6 +43,29 @@ TextToImageArguments arguments_of(const PictureOptions& options, uint64_t seed) 
 
 struct Pipeline::State {
   std::shared_ptr<pipelines::DiffusionPipeline> pipeline;
+  at::Device device = at::kCPU;
+  // Where a budget for everything was given: how large pictures become decides what it leaves for
+  // weights.
+  std::optional<pipelines::MemoryRequest> memory;
+  std::optional<pipelines::GenerationSize> size;
+
+  void set_memory(const pipelines::TextToImageArguments& arguments) {
+    const pipelines::GenerationSize now = pipelines::generation_size(*pipeline, arguments);
+    if (!memory || now == size) return;
+    const pipelines::MemoryChoice choice =
+        pipelines::choose_memory(*pipeline, now, device, *memory);
+    memory->program_bytes = choice.split.program_bytes;  // from now on there are weights beside it
+    offload::EngineOptions engine;
+    engine.device = device;
+    pipelines::apply_memory(*pipeline, choice, engine);
+    pipeline->clear_compute_times();
+    size = now;
+    const offload::Measurements measurements(offload::Measurements::default_folder());
+    log::info("memory {}; {}", choice.describe(),
+              pipelines::estimate_time(*pipeline, now, arguments.num_inference_steps, device,
+                                       choice.weights_memory_bytes(), 0, measurements)
+                  .describe());
+  }
 };
 
 Pipeline::Pipeline(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -54,13 +80,26 @@ Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions
   pipelines::PipelineLoadOptions load;
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
+  if (options.weights_memory_bytes > 0 && !options.memory.empty()) {
+    throw_error<ArgumentError>(
+        "memory and weights_memory_bytes exclude each other: the first is all that may be held, "
+        "the "
+        "second the weights' part of it");
+  }
+  if (options.reserve_bytes > 0 && options.memory.empty())
+    throw_error<ArgumentError>("reserve_bytes is a part of memory, which is not given");
   auto state = std::make_unique<State>();
+  state->device = device;
   state->pipeline = pipelines::DiffusionPipeline::from_pretrained(folder_or_name, load);
   if (options.weights_memory_bytes > 0) {
     offload::EngineOptions engine;
     engine.weights_memory_bytes = options.weights_memory_bytes;
     engine.device = device;
     state->pipeline->enable_group_offload(std::make_shared<offload::Engine>(engine));
+  } else if (!options.memory.empty()) {
+    state->memory =
+        pipelines::MemoryRequest{.memory_bytes = pipelines::parse_memory(options.memory, "memory"),
+                                 .reserve_bytes = options.reserve_bytes};
   } else {
     state->pipeline->to(device);
   }
@@ -73,6 +112,7 @@ std::vector<Picture> Pipeline::generate(const PictureOptions& options) {
   std::stop_callback forward_stop(options.stop, [&stop] { stop.request_stop(); });
   pipelines::TextToImageArguments arguments = pipelines::arguments_of(options, seed);
   arguments.stop = stop.token();
+  state_->set_memory(arguments);
   std::vector<Picture> pictures;
   for (pipelines::Image& image : state_->pipeline->text_to_image(arguments).images) {
     if (image.channels != 3)
@@ -84,6 +124,9 @@ std::vector<Picture> Pipeline::generate(const PictureOptions& options) {
       picture.text.insert(picture.text.begin() + 1, {"negative_prompt", *options.negative_prompt});
     pictures.push_back(std::move(picture));
   }
+  pipelines::remember_times(
+      *state_->pipeline, pipelines::generation_size(*state_->pipeline, arguments), state_->device,
+      offload::Measurements(offload::Measurements::default_folder()));
   return pictures;
 }
 

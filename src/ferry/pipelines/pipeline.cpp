@@ -1,12 +1,16 @@
 #include "ferry/pipelines/pipeline.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
+#include <chrono>
 #include <sstream>
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
 #include "ferry/hooks/lockstep.h"
 #include "ferry/models/config.h"
+#include "ferry/nn/attention_dispatch.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/slot.h"
@@ -138,6 +142,10 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(
                                  where);
     }
   }
+  auto left_out = [&](const std::string& name) {
+    return options.without_text_encoders &&
+           (name.starts_with("text_encoder") || name.starts_with("tokenizer"));
+  };
   for (const auto& [name, value] : index.items()) {
     if (!is_component(name, value)) continue;
     if (name.find('/') != std::string::npos || name == "." || name == "..") {
@@ -145,7 +153,7 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(
     }
     if (auto given = options.components.find(name); given != options.components.end()) {
       components[name] = given->second;
-    } else if (value[0].is_null() || value[1].is_null()) {
+    } else if (value[0].is_null() || value[1].is_null() || left_out(name)) {
       components[name] = Component();
     } else {
       std::string class_name = value[1];
@@ -163,7 +171,7 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(
   for (const std::string& name : kind.required) {
     auto it = components.find(name);
     if (it != components.end() && it->second) continue;
-    if (options.components.contains(name)) continue;  // left out on purpose
+    if (options.components.contains(name) || left_out(name)) continue;  // left out on purpose
     throw_error<ArgumentError>(
         "{}: {} needs the component \"{}\"{}", where, kind.name, name,
         it == components.end() ? ", which is missing"
@@ -220,6 +228,10 @@ PipelineOutput DiffusionPipeline::text_to_image(const TextToImageArguments&) {
   throw_error<ArgumentError>("{} makes no pictures from text", class_name());
 }
 
+CallbackTensors DiffusionPipeline::encode_prompts(const TextToImageArguments&) {
+  throw_error<ArgumentError>("{} makes no pictures from text", class_name());
+}
+
 namespace {
 template <class T>
 auto& require(const DiffusionPipeline& pipeline, const std::string& name,
@@ -267,6 +279,7 @@ void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> en
       if (!component.model || !component.model->binding()) continue;
       hooks::GroupOffloadingConfig own = config;
       own.wrap_around = config.wrap_around && runs_every_step(name);
+      for (const std::string& unused : unused_modules(name)) own.unused.push_back(unused);
       offloading_[name] = hooks::apply_group_offloading(
           *component.model, component.model->binding(), engine, own, name);
     }
@@ -331,15 +344,70 @@ void DiffusionPipeline::announce(const std::vector<std::pair<std::string, int64_
   engine_->announce(std::move(next));
 }
 
-void DiffusionPipeline::run_together(const std::vector<std::string>& components,
-                                     std::vector<std::function<void()>> passes) {
-  std::vector<hooks::GroupOffloading*> offloaded;
-  for (const std::string& name : components) {
-    auto offloading = offloading_.find(name);
-    if (offloading != offloading_.end()) offloaded.push_back(offloading->second.get());
+void DiffusionPipeline::run_together(const std::string& component,
+                                     std::vector<std::function<void()>> passes,
+                                     hooks::LockstepTurn turn) {
+  const bool streamed = offloading_.contains(component);
+  const bool loads = !streamed && !model(component).weights_loaded();
+  auto stalled = [&] { return streamed ? engine_->report().stall_seconds : 0.0; };
+  const auto began = std::chrono::steady_clock::now();
+  const double stalled_before = stalled();
+  if (streamed && passes.size() > 1) {
+    hooks::run_lockstep({offloading_[component].get()}, std::move(passes), turn);
+  } else {
+    for (const std::function<void()>& pass : passes) pass();
   }
-  if (passes.size() > 1 && !offloaded.empty()) return hooks::run_lockstep(offloaded, passes);
-  for (const std::function<void()>& pass : passes) pass();
+  if (loads) return;
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() -
+      (stalled() - stalled_before);
+  ComputeTime& time = compute_times_[component];
+  time.shortest_s = time.runs++ == 0 ? seconds : std::min(time.shortest_s, seconds);
+}
+
+PromptKey DiffusionPipeline::prompt_key(const PromptJob& job) const {
+  const models::Model& encoder = model(job.encoder);
+  PromptKey key{.encoder = job.encoder, .texts = job.texts, .max_length = job.max_length};
+  const auto offloading = offloading_.find(job.encoder);
+  key.weights = offloading != offloading_.end()
+                    ? offloading->second->weights_state()
+                    : weights::WeightsState(encoder, encoder.binding().get());
+  key.setting = fmt::format("{} threads {}", encoder.device().str(), at::get_num_threads());
+  for (const auto& module : encoder.modules()) {
+    const auto* attention = dynamic_cast<const nn::AttentionModule*>(module.get());
+    if (!attention) continue;
+    key.setting += " " + attention->processor_name();
+    if (attention->attention_backend())
+      key.setting += fmt::format(":{}", static_cast<int>(*attention->attention_backend()));
+  }
+  return key;
+}
+
+void DiffusionPipeline::recall(std::vector<PromptJob>& jobs) {
+  for (PromptJob& job : jobs)
+    job.output = prompt_cache_.find(prompt_key(job), model(job.encoder).device());
+}
+
+void DiffusionPipeline::encode(std::vector<PromptJob>& jobs,
+                               const std::function<at::Tensor(const PromptJob&)>& encode) {
+  std::vector<std::string> encoders;
+  for (const PromptJob& job : jobs) {
+    if (!job.output.defined() &&
+        std::find(encoders.begin(), encoders.end(), job.encoder) == encoders.end())
+      encoders.push_back(job.encoder);
+  }
+  for (const std::string& encoder : encoders) {
+    std::vector<std::function<void()>> passes;
+    std::vector<PromptJob*> computed;
+    for (PromptJob& job : jobs) {
+      if (job.encoder != encoder || job.output.defined()) continue;
+      computed.push_back(&job);
+      passes.emplace_back([&job, &encode] { job.output = encode(job); });
+    }
+    run_together(encoder, std::move(passes));
+    // The weights are known for what they are after the run: it notices those that were changed.
+    for (PromptJob* job : computed) prompt_cache_.put(prompt_key(*job), job->output);
+  }
 }
 
 }  // namespace ferry::pipelines

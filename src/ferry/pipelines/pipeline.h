@@ -17,6 +17,7 @@
 #include "ferry/models/model.h"
 #include "ferry/offload/engine.h"
 #include "ferry/pipelines/image.h"
+#include "ferry/pipelines/prompt_cache.h"
 #include "ferry/schedulers/scheduler.h"
 #include "ferry/tensor/generator.h"
 #include "ferry/text/tokenizer.h"
@@ -56,6 +57,8 @@ struct PipelineLoadOptions {
   std::string variant;
   // Read weights from lossless packs in the pack cache where there are some.
   bool use_packs = false;
+  // Leave out text encoders and tokenizers: prompts come as embeddings.
+  bool without_text_encoders = false;
   // Taken instead of the folder's; `Component()` leaves one out.
   std::map<std::string, Component> components;
 };
@@ -96,15 +99,21 @@ using StepCallback =
     std::function<CallbackTensors(DiffusionPipeline& pipeline, int64_t step,
                                   const at::Tensor& timestep, const CallbackTensors& tensors)>;
 
-// What text-to-image pipelines have in common; unset values are the pipeline's defaults. A pipeline
-// throws ArgumentError for one that it cannot follow.
-struct TextToImageArguments {
+// The arguments that all text-to-image pipelines share.
+struct CommonArguments {
   Texts prompt;
-  std::optional<Texts> prompt_2, negative_prompt, negative_prompt_2;
-  std::optional<double> true_cfg_scale, guidance_scale;
-  std::optional<int64_t> height, width, num_inference_steps, max_sequence_length;
+  // For a second text encoder; unset: `prompt`. One stands for all prompts (also the negative
+  // ones).
+  std::optional<Texts> prompt_2;
+  std::optional<Texts> negative_prompt, negative_prompt_2;
+  // In the place of the prompts, a row each: [batch, tokens, channels], pooled [batch, channels].
+  // encode_prompts() makes them.
+  std::optional<at::Tensor> prompt_embeds, pooled_prompt_embeds;
+  std::optional<at::Tensor> negative_prompt_embeds, negative_pooled_prompt_embeds;
   int64_t num_images_per_prompt = 1;
+  // One draws the whole batch; or one for each picture; none is torch's default.
   std::vector<tensor::Generator> generator;
+  // In the form that the pipeline's denoiser takes.
   std::optional<at::Tensor> latents;
   OutputType output_type = OutputType::image;
   StepCallback callback_on_step_end;
@@ -112,6 +121,13 @@ struct TextToImageArguments {
   std::vector<std::string> callback_on_step_end_tensor_inputs = {"latents"};
   ProgressCallback progress;
   StopToken stop;
+};
+
+// What every text-to-image pipeline takes; unset values are the pipeline's defaults. A pipeline
+// throws ArgumentError for one that it cannot follow.
+struct TextToImageArguments : CommonArguments {
+  std::optional<double> true_cfg_scale, guidance_scale;
+  std::optional<int64_t> height, width, num_inference_steps, max_sequence_length;
 };
 
 struct PipelineOutput {
@@ -138,6 +154,23 @@ class DiffusionPipeline {
 
   virtual std::string class_name() const = 0;
   virtual PipelineOutput text_to_image(const TextToImageArguments& arguments);
+  // What an unset num_inference_steps stands for.
+  virtual int64_t default_num_inference_steps() const { return 50; }
+  // What the prompts become, under the names of the arguments that take their place; negative ones
+  // where they will be used.
+  virtual CallbackTensors encode_prompts(const TextToImageArguments& arguments);
+  // Outputs of text encoders are remembered by content while the pipeline lives: the same prompt
+  // again needs no encoder, unless its weights have changed.
+  PromptCache& prompt_cache() { return prompt_cache_; }
+
+  // Pictures of a batch that the denoiser computes at once; the others follow in passes of their
+  // own, in lockstep where weights are streamed. 0: all. Each pass gives what it would alone, bit
+  // for bit; another number of pictures may round otherwise.
+  void set_pictures_per_pass(int64_t pictures) { pictures_per_pass_ = pictures; }
+  int64_t pictures_per_pass() const { return pictures_per_pass_; }
+  // Where passes in lockstep take turns.
+  void set_lockstep_turn(hooks::LockstepTurn turn) { lockstep_turn_ = turn; }
+  hooks::LockstepTurn lockstep_turn() const { return lockstep_turn_; }
 
   // Ends the running generation after this step (from a callback); the rest of the steps are
   // skipped.
@@ -173,6 +206,15 @@ class DiffusionPipeline {
   // Null while weights are resident.
   const std::shared_ptr<offload::Engine>& engine() const { return engine_; }
 
+  // What runs of a component took: all passes of a step together, without waiting for weights.
+  struct ComputeTime {
+    int64_t runs = 0;
+    double shortest_s = 0;
+  };
+  // Since clear_compute_times(), by component. A run that loads the weights is not among them.
+  const std::map<std::string, ComputeTime>& compute_times() const { return compute_times_; }
+  void clear_compute_times() { compute_times_.clear(); }
+
  protected:
   DiffusionPipeline(std::map<std::string, Component> components, nlohmann::ordered_json config);
   // Components that run in every step: their first weights are read again while their last compute.
@@ -182,15 +224,36 @@ class DiffusionPipeline {
   // Tells the engine which components run next, how often and in which order, so that each is
   // brought while the one before it ends. Names that are not offloaded are passed over.
   void announce(const std::vector<std::pair<std::string, int64_t>>& passes);
-  // Runs passes through `components` so that streamed weights cross once for all of them; one after
+  // Modules of a component that this pipeline never calls (an autoencoder's encoder).
+  virtual std::vector<std::string> unused_modules(const std::string& component) const { return {}; }
+  // Runs passes through a component so that streamed weights cross once for all of them; one after
   // the other where nothing is offloaded. The results are the same.
-  void run_together(const std::vector<std::string>& components,
-                    std::vector<std::function<void()>> passes);
+  void run_together(const std::string& component, std::vector<std::function<void()>> passes,
+                    hooks::LockstepTurn turn = hooks::LockstepTurn::group);
+
+  // A batch of texts for a text encoder, and what it makes of them.
+  struct PromptJob {
+    std::string encoder;  // the component
+    Texts texts;
+    int64_t max_length = 0;  // tokens
+    at::Tensor output = {};
+  };
+  // Fills in the outputs that are remembered.
+  void recall(std::vector<PromptJob>& jobs);
+  // Runs `encode` for the other jobs, those of one encoder together, and remembers the outputs.
+  void encode(std::vector<PromptJob>& jobs,
+              const std::function<at::Tensor(const PromptJob&)>& encode);
 
  private:
   std::map<std::string, Component> components_;
   nlohmann::ordered_json config_;
+  PromptKey prompt_key(const PromptJob& job) const;
+
   bool interrupt_ = false;
+  int64_t pictures_per_pass_ = 0;
+  hooks::LockstepTurn lockstep_turn_ = hooks::LockstepTurn::group;
+  PromptCache prompt_cache_;
+  std::map<std::string, ComputeTime> compute_times_;
   std::shared_ptr<offload::Engine> engine_;
   std::map<std::string, std::shared_ptr<hooks::GroupOffloading>>
       offloading_;  // before components_ in destruction

@@ -1,5 +1,6 @@
 // PipelineTester: what every text-to-image pipeline does, whatever its components are. That its
-// pictures are Python's is a test of its own.
+// pictures are Python's is a test of its own. PipelineBudgetTester: that one memory budget holds
+// for all of it.
 //
 //   INSTANTIATE_TEST_SUITE_P(Flux, PipelineTester, ::testing::Values(PipelineCase{…}), …);
 #pragma once
@@ -10,7 +11,9 @@
 #include <fstream>
 
 #include "ferry/base/error.h"
+#include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/pipeline.h"
+#include "ferry/testing/allocation_counter.h"
 #include "ferry/testing/model_case.h"
 
 namespace ferry::testing {
@@ -29,6 +32,11 @@ struct PipelineCase {
   double batch_bound = 1e-4;
   // The weights under which it is streamed, as parts of all its weights.
   std::vector<double> budgets = {0.5, 0.8, 4};
+  // Pictures for which PipelineBudgetTester tries budgets; one of several images is to be split.
+  struct Size {
+    int64_t width, height, images;
+  };
+  std::vector<Size> sizes = {};
 
   friend void PrintTo(const PipelineCase& value, std::ostream* out) { *out << value.name; }
 };
@@ -353,6 +361,74 @@ TEST_P(PipelineTester, TooSmallABudgetChangesNothing) {
   EXPECT_THROW(pipeline->set_memory_budget(100), BudgetError);
   EXPECT_FALSE(pipeline->engine());
   EXPECT_TRUE(at::equal(latents(pipeline), latents(load())));
+}
+
+// ---- one budget ----
+
+class PipelineBudgetTester : public PipelineTester {};
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(PipelineBudgetTester);
+
+// All components under one budget, activations included: text encoders, denoiser and autoencoder
+// never hold more together, and the picture is that of resident weights with the same settings.
+TEST_P(PipelineBudgetTester, OneBudgetHoldsForEverything) {
+  using namespace pipelines;
+  int streamed = 0, split = 0;
+  for (const PipelineCase::Size& one : GetParam().sizes) {
+    auto arguments = [&] {
+      TextToImageArguments a = call(7, OutputType::pt);
+      a.width = one.width;
+      a.height = one.height;
+      a.num_images_per_prompt = one.images;
+      a.num_inference_steps = 1;
+      return a;
+    };
+    auto reference = load("");
+    const GenerationSize size = generation_size(*reference, arguments());
+    auto split_of = [&](const DiffusionPipeline& pipeline, double bytes) {
+      return choose_memory(pipeline, size, at::kCPU,
+                           {.memory_bytes = static_cast<uint64_t>(bytes),
+                            .program_bytes = 0,
+                            .least_weights_bytes = 64 << 10});
+    };
+    const MemorySplit roomy = split_of(*reference, 1e12).split;
+    const auto weight_bytes = static_cast<double>(roomy.all_weights_bytes);
+    for (double part : {1.0, 0.3, 0.03, 0.0}) {
+      auto pipeline = load("");
+      std::optional<MemoryChoice> choice;
+      double total = part * static_cast<double>(roomy.activation_bytes) + weight_bytes;
+      try {
+        // What activations leave, and a little: so that weights are streamed.
+        total = static_cast<double>(split_of(*pipeline, total).split.activation_bytes) +
+                0.7 * weight_bytes;
+        choice = split_of(*pipeline, total);
+        apply_memory(*pipeline, *choice, {});
+      } catch (const BudgetError&) {
+        continue;
+      }
+      SCOPED_TRACE(fmt::format("{} x {}, {} images in {:.1f} MB: {}", one.width, one.height,
+                               one.images, total / 1e6, choice->describe()));
+      at::Tensor picture;
+      const int64_t peak = AllocationCounter::peak_of(
+          [&] { picture = pipeline->text_to_image(arguments()).tensor; });
+      uint64_t weights = 0;
+      if (pipeline->engine()) {
+        ++streamed;
+        weights = pipeline->engine()->report().peak_bytes;
+        EXPECT_LE(weights, choice->split.weights_bytes);
+        EXPECT_LE(static_cast<double>(peak) + static_cast<double>(weights),
+                  total + std::max(0.05 * total, 16.0 * (1 << 20)));
+      }
+      if (choice->split.pictures_per_pass > 0) ++split;
+
+      MemoryChoice resident = *choice;
+      resident.split.weights_bytes = resident.split.all_weights_bytes;
+      resident.split.arena_bytes = 0;
+      apply_memory(*reference, resident, {});
+      EXPECT_TRUE(at::equal(reference->text_to_image(arguments()).tensor, picture));
+    }
+  }
+  EXPECT_GE(streamed, 2);
+  EXPECT_GE(split, 1) << "no budget split the batch";
 }
 
 }  // namespace ferry::testing

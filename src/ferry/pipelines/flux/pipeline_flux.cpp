@@ -68,6 +68,21 @@ at::Tensor tokenize(const text::Tokenizer& tokenizer, const Texts& texts, int64_
   return ids;
 }
 
+bool uses_true_cfg(const FluxPipelineArguments& a) {
+  const bool has_negative =
+      a.negative_prompt || (a.negative_prompt_embeds && a.negative_pooled_prompt_embeds);
+  return a.true_cfg_scale > 1 && has_negative;
+}
+
+std::vector<std::unique_ptr<StopHooks>> stop_everywhere(const DiffusionPipeline& pipeline,
+                                                        const StopToken& stop) {
+  std::vector<std::unique_ptr<StopHooks>> hooks;
+  for (const auto& [name, component] : pipeline.components()) {
+    if (component.model) hooks.push_back(std::make_unique<StopHooks>(*component.model, stop));
+  }
+  return hooks;
+}
+
 }  // namespace
 
 double calculate_shift(int64_t image_seq_len, int64_t base_seq_len, int64_t max_seq_len,
@@ -157,6 +172,13 @@ void FluxPipeline::check_inputs(const FluxPipelineArguments& a, int64_t height,
     throw_error<ArgumentError>(
         "`negative_prompt_embeds` also need `negative_pooled_prompt_embeds`");
   }
+  if (uses_true_cfg(a) && a.prompt_embeds && a.negative_prompt_embeds &&
+      a.prompt_embeds->sizes() != a.negative_prompt_embeds->sizes()) {
+    throw_error<ArgumentError>(
+        "`prompt_embeds` [{}] and `negative_prompt_embeds` [{}] must have the same shape",
+        fmt::join(a.prompt_embeds->sizes(), ", "),
+        fmt::join(a.negative_prompt_embeds->sizes(), ", "));
+  }
   if (a.max_sequence_length < 1 || a.max_sequence_length > 512) {
     throw_error<ArgumentError>("`max_sequence_length` {}: expected 1 to 512",
                                a.max_sequence_length);
@@ -171,67 +193,114 @@ void FluxPipeline::check_inputs(const FluxPipelineArguments& a, int64_t height,
   }
 }
 
-at::Tensor FluxPipeline::clip_embeds(const Texts& prompt) {
-  models::Model& encoder = model("text_encoder");
-  const text::Tokenizer& clip = tokenizer("tokenizer");
+std::vector<FluxPipeline::PromptJob> FluxPipeline::prompt_jobs(const Texts& prompt,
+                                                               const Texts& prompt_2,
+                                                               int64_t max_sequence_length) const {
   // A tokenizer that names no limit is bound by the encoder's positions.
-  int64_t length =
-      std::min(clip.model_max_length(),
-               value_of<int64_t>(encoder.config_json(), "max_position_embeddings", 77));
-  at::Tensor ids = tokenize(clip, prompt, length, "CLIP takes at most");
-  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}}, "pooler_output")
+  const int64_t clip_length = std::min(
+      tokenizer("tokenizer").model_max_length(),
+      value_of<int64_t>(model("text_encoder").config_json(), "max_position_embeddings", 77));
+  return {{"text_encoder", prompt, clip_length}, {"text_encoder_2", prompt_2, max_sequence_length}};
+}
+
+at::Tensor FluxPipeline::run_encoder(const PromptJob& job) {
+  models::Model& encoder = model(job.encoder);
+  const bool clip = job.encoder == "text_encoder";
+  at::Tensor ids =
+      tokenize(tokenizer(clip ? "tokenizer" : "tokenizer_2"), job.texts, job.max_length,
+               clip ? "CLIP takes at most" : "max_sequence_length is set to");
+  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}},
+                   clip ? "pooler_output" : "last_hidden_state")
       .to(encoder.dtype());
 }
 
-at::Tensor FluxPipeline::t5_embeds(const Texts& prompt, int64_t max_sequence_length) {
-  models::Model& encoder = model("text_encoder_2");
-  at::Tensor ids = tokenize(tokenizer("tokenizer_2"), prompt, max_sequence_length,
-                            "max_sequence_length is set to");
-  return output_of(encoder, "forward", {{"input_ids", ids.to(encoder.device())}},
-                   "last_hidden_state")
-      .to(encoder.dtype());
+FluxPipeline::PromptEmbeds FluxPipeline::finish_embeds(const at::Tensor& embeds,
+                                                       const at::Tensor& pooled,
+                                                       int64_t num_images_per_prompt) const {
+  models::Model& transformer = model("transformer");
+  auto options = at::TensorOptions().dtype(transformer.dtype()).device(transformer.device());
+  return {repeat_rows(embeds.to(options), num_images_per_prompt),
+          repeat_rows(pooled.to(options), num_images_per_prompt),
+          at::zeros({embeds.size(1), 3}, options)};
 }
 
 FluxPipeline::PromptEmbeds FluxPipeline::encode_prompt(const Texts& prompt, const Texts& prompt_2,
                                                        int64_t num_images_per_prompt,
                                                        int64_t max_sequence_length) {
   at::NoGradGuard no_grad;
-  models::Model& transformer = model("transformer");
-  auto options = at::TensorOptions().dtype(transformer.dtype()).device(transformer.device());
-  at::Tensor pooled = clip_embeds(prompt).to(options);
-  at::Tensor embeds = t5_embeds(prompt_2, max_sequence_length).to(options);
-  return {repeat_rows(embeds, num_images_per_prompt), repeat_rows(pooled, num_images_per_prompt),
-          at::zeros({embeds.size(1), 3}, options)};
+  std::vector<PromptJob> jobs = prompt_jobs(prompt, prompt_2, max_sequence_length);
+  recall(jobs);
+  encode(jobs, [this](const PromptJob& job) { return run_encoder(job); });
+  return finish_embeds(jobs[1].output, jobs[0].output, num_images_per_prompt);
 }
 
-// The embeddings of a batch, from texts or as given. Given ones are repeated for the pictures of a
-// prompt, where diffusers would fail.
-FluxPipeline::PromptEmbeds FluxPipeline::conditioning(const std::optional<Texts>& prompt,
-                                                      const std::optional<Texts>& prompt_2,
-                                                      const std::optional<at::Tensor>& embeds,
-                                                      const std::optional<at::Tensor>& pooled,
-                                                      int64_t batch,
-                                                      const FluxPipelineArguments& a) {
-  if (!embeds) {
-    Texts first = broadcast(*prompt, batch, "prompt");
-    return encode_prompt(first, prompt_2 ? broadcast(*prompt_2, batch, "prompt_2") : first,
-                         a.num_images_per_prompt, a.max_sequence_length);
-  }
-  models::Model& transformer = model("transformer");
-  auto options = at::TensorOptions().dtype(transformer.dtype()).device(transformer.device());
-  if (embeds->dim() != 3 || pooled->dim() != 2 || embeds->size(0) != pooled->size(0)) {
+void FluxPipeline::check_embeds(const at::Tensor& embeds, const at::Tensor& pooled,
+                                int64_t batch) const {
+  const nlohmann::ordered_json config = model("transformer").config_json();
+  const auto channels = value_of<int64_t>(config, "joint_attention_dim", 4096);
+  const auto pooled_channels = value_of<int64_t>(config, "pooled_projection_dim", 768);
+  const bool fits = embeds.dim() == 3 && pooled.dim() == 2 && embeds.size(0) == pooled.size(0) &&
+                    embeds.size(2) == channels && pooled.size(1) == pooled_channels;
+  if (!fits) {
     throw_error<ArgumentError>(
-        "prompt embeddings: got [{}] and pooled [{}], expected [batch, tokens, channels] and "
-        "[batch, channels]",
-        fmt::join(embeds->sizes(), ", "), fmt::join(pooled->sizes(), ", "));
+        "prompt embeddings: got [{}] and pooled [{}], expected [batch, tokens, {}] and [batch, "
+        "{}]; "
+        "were they made by the text encoders of another model?",
+        fmt::join(embeds.sizes(), ", "), fmt::join(pooled.sizes(), ", "), channels,
+        pooled_channels);
   }
-  if (embeds->size(0) != batch) {
-    throw_error<ArgumentError>("prompt embeddings for {} pictures, expected {}", embeds->size(0),
+  if (embeds.size(0) != batch) {
+    throw_error<ArgumentError>("prompt embeddings for {} pictures, expected {}", embeds.size(0),
                                batch);
   }
-  return {repeat_rows(embeds->to(options), a.num_images_per_prompt),
-          repeat_rows(pooled->to(options), a.num_images_per_prompt),
-          at::zeros({embeds->size(1), 3}, options)};
+}
+
+// Given embeddings are repeated for the pictures of a prompt, where diffusers would fail.
+FluxPipeline::Conditioning FluxPipeline::condition(
+    const FluxPipelineArguments& a,
+    const std::function<void(const std::vector<std::string>&)>& announce) {
+  const auto batch = static_cast<int64_t>(a.prompt_embeds ? a.prompt_embeds->size(0)
+                                                          : static_cast<int64_t>(a.prompt.size()));
+  const bool negative = uses_true_cfg(a);
+  std::vector<PromptJob> jobs;
+  auto add_jobs = [&](const Texts& prompt, const std::optional<Texts>& prompt_2) {
+    const Texts first = broadcast(prompt, batch, "prompt");
+    const Texts second = prompt_2 ? broadcast(*prompt_2, batch, "prompt_2") : first;
+    for (PromptJob& job : prompt_jobs(first, second, a.max_sequence_length))
+      jobs.push_back(std::move(job));
+  };
+  if (a.prompt_embeds) {
+    check_embeds(*a.prompt_embeds, *a.pooled_prompt_embeds, batch);
+  } else {
+    add_jobs(a.prompt, a.prompt_2);
+  }
+  if (negative && a.negative_prompt_embeds) {
+    check_embeds(*a.negative_prompt_embeds, *a.negative_pooled_prompt_embeds, batch);
+  } else if (negative) {
+    add_jobs(*a.negative_prompt, a.negative_prompt_2);
+  }
+  recall(jobs);
+  std::vector<std::string> encoders;
+  for (const char* encoder : {"text_encoder", "text_encoder_2"}) {
+    if (std::any_of(jobs.begin(), jobs.end(), [&](const PromptJob& job) {
+          return job.encoder == encoder && !job.output.defined();
+        }))
+      encoders.emplace_back(encoder);
+  }
+  announce(encoders);
+  encode(jobs, [this](const PromptJob& job) { return run_encoder(job); });
+
+  const PromptJob* made = jobs.data();
+  auto embeds = [&](const std::optional<at::Tensor>& given,
+                    const std::optional<at::Tensor>& given_pooled) {
+    if (given) return finish_embeds(*given, *given_pooled, a.num_images_per_prompt);
+    made += 2;
+    return finish_embeds(made[-1].output, made[-2].output, a.num_images_per_prompt);
+  };
+  Conditioning conditioning{embeds(a.prompt_embeds, a.pooled_prompt_embeds), std::nullopt};
+  if (negative)
+    conditioning.negative = embeds(a.negative_prompt_embeds, a.negative_pooled_prompt_embeds);
+  return conditioning;
 }
 
 at::Tensor FluxPipeline::prepare_latents(const FluxPipelineArguments& a, int64_t batch,
@@ -285,20 +354,43 @@ void FluxPipeline::set_timesteps(const FluxPipelineArguments& a, int64_t image_t
   num_timesteps_ = scheduler.timesteps().numel();
 }
 
-at::Tensor FluxPipeline::predict(const at::Tensor& latents, const at::Tensor& timestep,
-                                 const at::Tensor& guidance, const PromptEmbeds& embeds,
-                                 const at::Tensor& image_ids,
-                                 const nlohmann::json& attention_kwargs) {
-  models::NamedTensors inputs = {{"hidden_states", latents},
-                                 {"timestep", timestep / 1000},
-                                 {"pooled_projections", embeds.pooled_prompt_embeds},
-                                 {"encoder_hidden_states", embeds.prompt_embeds},
+at::Tensor FluxPipeline::predict(const Step& step, const PromptEmbeds& embeds, int64_t begin,
+                                 int64_t count) {
+  auto rows = [&](const at::Tensor& tensor) {
+    return tensor.size(0) == count ? tensor : tensor.narrow(0, begin, count);
+  };
+  models::NamedTensors inputs = {{"hidden_states", rows(step.latents)},
+                                 {"timestep", rows(step.timestep) / 1000},
+                                 {"pooled_projections", rows(embeds.pooled_prompt_embeds)},
+                                 {"encoder_hidden_states", rows(embeds.prompt_embeds)},
                                  {"txt_ids", embeds.text_ids},
-                                 {"img_ids", image_ids}};
-  if (guidance.defined()) inputs["guidance"] = guidance;
+                                 {"img_ids", step.image_ids}};
+  if (step.guidance.defined()) inputs["guidance"] = rows(step.guidance);
   nlohmann::json arguments = nlohmann::json::object();
-  if (!attention_kwargs.empty()) arguments["joint_attention_kwargs"] = attention_kwargs;
+  if (!step.attention_kwargs.empty()) arguments["joint_attention_kwargs"] = step.attention_kwargs;
   return output_of(model("transformer"), "forward", inputs, "sample", arguments);
+}
+
+std::vector<at::Tensor> FluxPipeline::predict_all(
+    const Step& step, const std::vector<const PromptEmbeds*>& conditionings) {
+  const int64_t batch = step.latents.size(0);
+  const int64_t count = pictures_per_pass() > 0 ? std::min(pictures_per_pass(), batch) : batch;
+  std::vector<std::vector<at::Tensor>> parts(conditionings.size());
+  std::vector<std::function<void()>> passes;
+  for (size_t i = 0; i < conditionings.size(); ++i) {
+    parts[i].resize((batch + count - 1) / count);
+    for (size_t j = 0; j < parts[i].size(); ++j) {
+      passes.emplace_back([&, i, j] {
+        const int64_t begin = static_cast<int64_t>(j) * count;
+        parts[i][j] = predict(step, *conditionings[i], begin, std::min(count, batch - begin));
+      });
+    }
+  }
+  run_together("transformer", std::move(passes), lockstep_turn());
+  std::vector<at::Tensor> predictions;
+  for (const std::vector<at::Tensor>& part : parts)
+    predictions.push_back(part.size() == 1 ? part.front() : at::cat(part));
+  return predictions;
 }
 
 at::Tensor FluxPipeline::decode(const at::Tensor& latents, int64_t height, int64_t width) {
@@ -306,7 +398,17 @@ at::Tensor FluxPipeline::decode(const at::Tensor& latents, int64_t height, int64
   nlohmann::ordered_json config = vae.config_json();
   at::Tensor z = unpack_latents(latents, height, width, vae_scale_factor_);
   z = z / value_of(config, "scaling_factor", 0.18215) + value_of(config, "shift_factor", 0.0);
-  return output_of(vae, "decode", {{"z", z.to(vae.device(), vae.dtype())}}, "sample");
+  at::Tensor pictures;
+  run_together(
+      "vae", {[&] {
+        pictures = output_of(vae, "decode", {{"z", z.to(vae.device(), vae.dtype())}}, "sample");
+      }});
+  return pictures;
+}
+
+std::vector<std::string> FluxPipeline::unused_modules(const std::string& component) const {
+  if (component == "vae") return model("vae").unused_modules("decode", {});
+  return {};
 }
 
 PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
@@ -320,50 +422,21 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
     a.stop.throw_if_stopped();
     if (a.progress) a.progress({stage, step, total});
   };
-  std::vector<std::unique_ptr<StopHooks>> stop_hooks;
-  for (const auto& [name, component] : components()) {
-    if (component.model)
-      stop_hooks.push_back(std::make_unique<StopHooks>(*component.model, a.stop));
-  }
-
-  bool has_negative =
-      a.negative_prompt || (a.negative_prompt_embeds && a.negative_pooled_prompt_embeds);
-  bool true_cfg = a.true_cfg_scale > 1 && has_negative;
-  if (true_cfg && a.prompt_embeds && a.negative_prompt_embeds &&
-      a.prompt_embeds->sizes() != a.negative_prompt_embeds->sizes()) {
-    throw_error<ArgumentError>(
-        "`prompt_embeds` [{}] and `negative_prompt_embeds` [{}] must have the same shape",
-        fmt::join(a.prompt_embeds->sizes(), ", "),
-        fmt::join(a.negative_prompt_embeds->sizes(), ", "));
-  }
-  int64_t batch =
-      a.prompt_embeds ? a.prompt_embeds->size(0) : static_cast<int64_t>(a.prompt.size());
+  const auto stop_hooks = stop_everywhere(*this, a.stop);
 
   tell("encode", 0, 1);
   // The number of steps is certain only after set_timesteps(); for now it says what comes next.
   const int64_t decodes = a.output_type == OutputType::latent ? 0 : 1;
-  if (a.prompt_embeds) {
-    announce({{"transformer", a.num_inference_steps}, {"vae", decodes}});
-  } else {
-    announce({{"text_encoder", 1},
-              {"text_encoder_2", 1},
-              {"transformer", a.num_inference_steps},
-              {"vae", decodes}});
-  }
-  PromptEmbeds embeds, negative;
-  std::vector<std::function<void()>> encodings = {[&] {
-    embeds = conditioning(a.prompt, a.prompt_2, a.prompt_embeds, a.pooled_prompt_embeds, batch, a);
-  }};
-  if (true_cfg) {
-    encodings.push_back([&] {
-      negative = conditioning(a.negative_prompt, a.negative_prompt_2, a.negative_prompt_embeds,
-                              a.negative_pooled_prompt_embeds, batch, a);
-    });
-  }
-  run_together({"text_encoder", "text_encoder_2"}, std::move(encodings));
+  auto [embeds, negative] = condition(a, [&](const std::vector<std::string>& encoders) {
+    std::vector<std::pair<std::string, int64_t>> next;
+    for (const std::string& encoder : encoders) next.emplace_back(encoder, 1);
+    next.emplace_back("transformer", a.num_inference_steps);
+    next.emplace_back("vae", decodes);
+    announce(next);
+  });
   tell("encode", 1, 1);
 
-  batch *= a.num_images_per_prompt;
+  const int64_t batch = embeds.prompt_embeds.size(0);
   at::Tensor latents = prepare_latents(a, batch, height, width);
   at::Tensor image_ids =
       latent_image_ids(height / (vae_scale_factor_ * 2), width / (vae_scale_factor_ * 2),
@@ -385,18 +458,12 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
     at::Tensor t = scheduler.timesteps()[i];
     current_timestep_ = t;
     at::Tensor timestep = t.expand({batch}).to(latents.scalar_type());
-    at::Tensor noise, unwanted;
-    std::vector<std::function<void()>> predictions = {[&] {
-      noise = predict(latents, timestep, guidance, embeds, image_ids, a.joint_attention_kwargs);
-    }};
-    if (true_cfg) {
-      predictions.push_back([&] {
-        unwanted =
-            predict(latents, timestep, guidance, negative, image_ids, a.joint_attention_kwargs);
-      });
-    }
-    run_together({"transformer"}, std::move(predictions));
-    if (true_cfg) noise = unwanted + a.true_cfg_scale * (noise - unwanted);
+    std::vector<const PromptEmbeds*> conditionings = {&embeds};
+    if (negative) conditionings.push_back(&*negative);
+    std::vector<at::Tensor> predictions = predict_all(
+        {latents, timestep, guidance, image_ids, a.joint_attention_kwargs}, conditionings);
+    at::Tensor noise = predictions[0];
+    if (negative) noise = predictions[1] + a.true_cfg_scale * (noise - predictions[1]);
     latents = scheduler.step(noise, t, latents, step_arguments);
     if (a.callback_on_step_end) {
       CallbackTensors tensors;
@@ -430,12 +497,9 @@ PipelineOutput FluxPipeline::operator()(const FluxPipelineArguments& a) {
   return output;
 }
 
-PipelineOutput FluxPipeline::text_to_image(const TextToImageArguments& common) {
+FluxPipelineArguments FluxPipeline::own_arguments(const TextToImageArguments& common) const {
   FluxPipelineArguments a;
-  a.prompt = common.prompt;
-  a.prompt_2 = common.prompt_2;
-  a.negative_prompt = common.negative_prompt;
-  a.negative_prompt_2 = common.negative_prompt_2;
+  static_cast<CommonArguments&>(a) = common;
   a.true_cfg_scale = common.true_cfg_scale.value_or(a.true_cfg_scale);
   a.guidance_scale = common.guidance_scale.value_or(a.guidance_scale);
   // What the autoencoder was trained on: 1024 for the published models, as is diffusers' default.
@@ -445,15 +509,37 @@ PipelineOutput FluxPipeline::text_to_image(const TextToImageArguments& common) {
   a.width = common.width.value_or(trained);
   a.num_inference_steps = common.num_inference_steps.value_or(a.num_inference_steps);
   a.max_sequence_length = common.max_sequence_length.value_or(a.max_sequence_length);
-  a.num_images_per_prompt = common.num_images_per_prompt;
-  a.generator = common.generator;
-  a.latents = common.latents;
-  a.output_type = common.output_type;
-  a.callback_on_step_end = common.callback_on_step_end;
-  a.callback_on_step_end_tensor_inputs = common.callback_on_step_end_tensor_inputs;
-  a.progress = common.progress;
-  a.stop = common.stop;
-  return (*this)(a);
+  return a;
+}
+
+PipelineOutput FluxPipeline::text_to_image(const TextToImageArguments& common) {
+  return (*this)(own_arguments(common));
+}
+
+CallbackTensors FluxPipeline::encode_prompts(const TextToImageArguments& common) {
+  at::NoGradGuard no_grad;
+  FluxPipelineArguments a = own_arguments(common);
+  a.num_images_per_prompt = 1;
+  check_inputs(a, *a.height, *a.width);
+  const auto stop_hooks = stop_everywhere(*this, a.stop);
+  auto tell = [&](int64_t step) {
+    a.stop.throw_if_stopped();
+    if (a.progress) a.progress({"encode", step, 1});
+  };
+  tell(0);
+  const Conditioning made = condition(a, [&](const std::vector<std::string>& encoders) {
+    std::vector<std::pair<std::string, int64_t>> next;
+    for (const std::string& encoder : encoders) next.emplace_back(encoder, 1);
+    announce(next);
+  });
+  tell(1);
+  CallbackTensors tensors = {{"prompt_embeds", made.positive.prompt_embeds},
+                             {"pooled_prompt_embeds", made.positive.pooled_prompt_embeds}};
+  if (made.negative) {
+    tensors["negative_prompt_embeds"] = made.negative->prompt_embeds;
+    tensors["negative_pooled_prompt_embeds"] = made.negative->pooled_prompt_embeds;
+  }
+  return tensors;
 }
 
 }  // namespace ferry::pipelines

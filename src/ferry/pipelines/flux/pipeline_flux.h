@@ -10,13 +10,9 @@
 
 namespace ferry::pipelines {
 
-// The arguments of FluxPipeline.__call__, under their names.
-struct FluxPipelineArguments {
-  Texts prompt;
-  // For the T5 encoder; unset: `prompt`. One stands for all prompts (also the negative ones).
-  std::optional<Texts> prompt_2;
-  std::optional<Texts> negative_prompt;
-  std::optional<Texts> negative_prompt_2;
+// The arguments of FluxPipeline.__call__, under their names. `latents` are packed: [batch, tokens,
+// channels]; the callback's tensors are "latents" and "prompt_embeds".
+struct FluxPipelineArguments : CommonArguments {
   // Above 1 and with a negative prompt: a second pass over the transformer in every step.
   double true_cfg_scale = 1.0;
   // Pixels; rounded down to what the transformer's patches cover. Unset: 128 latents.
@@ -25,24 +21,8 @@ struct FluxPipelineArguments {
   std::optional<std::vector<double>> sigmas;
   // Only for transformers with guidance embeddings (FLUX.1-dev).
   double guidance_scale = 3.5;
-  int64_t num_images_per_prompt = 1;
-  // One draws the whole batch; or one for each picture; none is torch's default.
-  std::vector<tensor::Generator> generator;
-  // Packed: [batch, tokens, channels].
-  std::optional<at::Tensor> latents;
-  // [batch, tokens, joint_attention_dim] and [batch, pooled_projection_dim], in the place of a
-  // prompt.
-  std::optional<at::Tensor> prompt_embeds, pooled_prompt_embeds;
-  std::optional<at::Tensor> negative_prompt_embeds, negative_pooled_prompt_embeds;
-  OutputType output_type = OutputType::image;
-  nlohmann::json joint_attention_kwargs = nlohmann::json::object();
-  StepCallback callback_on_step_end;
-  // Of "latents" and "prompt_embeds".
-  std::vector<std::string> callback_on_step_end_tensor_inputs = {"latents"};
   int64_t max_sequence_length = 512;
-
-  ProgressCallback progress;
-  StopToken stop;
+  nlohmann::json joint_attention_kwargs = nlohmann::json::object();
 };
 
 // Components: scheduler, transformer, vae, and where prompts are text: text_encoder (CLIP),
@@ -53,6 +33,10 @@ class FluxPipeline : public DiffusionPipeline {
 
   std::string class_name() const override { return "FluxPipeline"; }
   PipelineOutput text_to_image(const TextToImageArguments& arguments) override;
+  int64_t default_num_inference_steps() const override {
+    return FluxPipelineArguments().num_inference_steps;
+  }
+  CallbackTensors encode_prompts(const TextToImageArguments& arguments) override;
 
   // Records no autograd graph. Throws ArgumentError (arguments that contradict each other), Error
   // (a picture with NaN), Cancelled, and what reading weights throws.
@@ -84,22 +68,37 @@ class FluxPipeline : public DiffusionPipeline {
   static at::Tensor latent_image_ids(int64_t height, int64_t width, at::ScalarType dtype,
                                      at::Device device);
 
+ protected:
+  std::vector<std::string> unused_modules(const std::string& component) const override;
+
  private:
-  struct Run;
+  FluxPipelineArguments own_arguments(const TextToImageArguments& arguments) const;
   void check_inputs(const FluxPipelineArguments& arguments, int64_t height, int64_t width) const;
-  PromptEmbeds conditioning(const std::optional<Texts>& prompt,
-                            const std::optional<Texts>& prompt_2,
-                            const std::optional<at::Tensor>& embeds,
-                            const std::optional<at::Tensor>& pooled, int64_t batch,
-                            const FluxPipelineArguments& arguments);
-  at::Tensor clip_embeds(const Texts& prompt);
-  at::Tensor t5_embeds(const Texts& prompt, int64_t max_sequence_length);
+  void check_embeds(const at::Tensor& embeds, const at::Tensor& pooled, int64_t batch) const;
+  struct Conditioning {
+    PromptEmbeds positive;
+    std::optional<PromptEmbeds> negative;  // with true CFG
+  };
+  // From texts or as given; `announce` is told which text encoders will run.
+  Conditioning condition(const FluxPipelineArguments& arguments,
+                         const std::function<void(const std::vector<std::string>&)>& announce);
+  PromptEmbeds finish_embeds(const at::Tensor& embeds, const at::Tensor& pooled,
+                             int64_t num_images_per_prompt) const;
+  std::vector<PromptJob> prompt_jobs(const Texts& prompt, const Texts& prompt_2,
+                                     int64_t max_sequence_length) const;
+  at::Tensor run_encoder(const PromptJob& job);
   at::Tensor prepare_latents(const FluxPipelineArguments& arguments, int64_t batch, int64_t height,
                              int64_t width);
   void set_timesteps(const FluxPipelineArguments& arguments, int64_t image_tokens);
-  at::Tensor predict(const at::Tensor& latents, const at::Tensor& timestep,
-                     const at::Tensor& guidance, const PromptEmbeds& embeds,
-                     const at::Tensor& image_ids, const nlohmann::json& attention_kwargs);
+  // One step's prediction of the noise, for rows [begin, begin + count) of the batch.
+  struct Step {
+    at::Tensor latents, timestep, guidance, image_ids;
+    const nlohmann::json& attention_kwargs;
+  };
+  at::Tensor predict(const Step& step, const PromptEmbeds& embeds, int64_t begin, int64_t count);
+  // The same for the whole batch and for each conditioning, in as many passes as are set.
+  std::vector<at::Tensor> predict_all(const Step& step,
+                                      const std::vector<const PromptEmbeds*>& conditionings);
   at::Tensor decode(const at::Tensor& latents, int64_t height, int64_t width);
 
   int64_t vae_scale_factor_ = 8;

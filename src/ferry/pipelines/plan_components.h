@@ -1,5 +1,5 @@
-// What `ferry plan` plans: the components of a folder or of a preset as groups, and their plans
-// under budgets on a machine.
+// Plans of components under budgets on a machine: what `ferry plan` prints, and from which a
+// generation says how long it will take.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@
 #include "ferry/offload/plan.h"
 #include "ferry/offload/simulate.h"
 
-namespace ferry::cli {
+namespace ferry::pipelines {
 
 struct PlanRequest {
   offload::Hardware hardware;
@@ -41,10 +41,17 @@ struct PlannedComponent {
   offload::Plan plan;
   // Peak where compute happens: activations, small slots of all components, plan.
   uint64_t peak_bytes = 0;
+  // Of a run in steady state, or of the only one.
+  double run_s() const {
+    return passes > 1 ? plan.prediction.step_s : plan.prediction.first_step_s;
+  }
   double total_s() const {
     return plan.prediction.first_step_s + (passes - 1) * plan.prediction.step_s;
   }
 };
+
+// Whether the model computes once a step and not once a picture.
+bool runs_every_step(const models::Model& model);
 
 // The groups of a model: its leaves, as leaf-level offloading makes them. `dtype` is given where
 // the weights are not there; else each slot has the checkpoint's.
@@ -52,11 +59,8 @@ PlannedComponent describe_component(const std::string& name, std::shared_ptr<mod
                                     std::optional<at::ScalarType> dtype,
                                     const PlanRequest& request);
 
-// A preset's name ("flux-dev": with its text encoders and autoencoder; "t5-xxl"), or a pipeline's
-// or component's folder. In the order in which they run. Throws ArgumentError, FormatError,
-// IoError.
-std::vector<PlannedComponent> components_of_preset(const std::string& preset,
-                                                   const PlanRequest& request);
+// The components of a pipeline's or component's folder, in the order in which they run. Throws
+// FormatError, IoError.
 std::vector<PlannedComponent> components_of_folder(const std::string& folder,
                                                    const PlanRequest& request);
 
@@ -67,4 +71,13 @@ void plan_components(std::vector<PlannedComponent>& components, const PlanReques
 // The component that takes the most time.
 const PlannedComponent& main_component(const std::vector<PlannedComponent>& components);
 
-}  // namespace ferry::cli
+// One more GiB of a tier: what the step of the main component takes then.
+struct NextGiB {
+  std::string what;  // "--memory", "--host-memory"
+  double step_s;
+};
+// REQUIRES: plan_components() has planned `components` for `request`.
+std::vector<NextGiB> next_gib(const std::vector<PlannedComponent>& components,
+                              const PlanRequest& request);
+
+}  // namespace ferry::pipelines

@@ -1,4 +1,4 @@
-#include "plan_components.h"
+#include "ferry/pipelines/plan_components.h"
 
 #include <algorithm>
 #include <filesystem>
@@ -13,9 +13,8 @@
 #include "ferry/offload/engine.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/weights/slot.h"
-#include "presets.h"
 
-namespace ferry::cli {
+namespace ferry::pipelines {
 
 namespace {
 
@@ -31,31 +30,12 @@ std::string layer_of(const std::string& slot) {
   return dot == std::string::npos ? "" : slot.substr(0, dot);
 }
 
-std::shared_ptr<models::Model> make_preset(const Preset& preset) {
-  return models::make_model(preset.class_name, nlohmann::ordered_json::parse(preset.config),
-                            preset.name);
-}
-
-// Component name, preset.
-std::vector<std::pair<std::string, std::string>> parts_of(const std::string& preset) {
-  const bool tiny = preset.ends_with("-tiny");
-  const std::string suffix = tiny ? "-tiny" : "";
-  const std::string base = preset.substr(0, preset.size() - suffix.size());
-  if (base == "flux-dev" || base == "flux-schnell") {
-    return {{"text_encoder", "clip-l" + suffix},
-            {"text_encoder_2", "t5-xxl" + suffix},
-            {"transformer", preset},
-            {"vae", "flux-vae" + suffix}};
-  }
-  return {{"", preset}};
-}
+}  // namespace
 
 bool runs_every_step(const models::Model& model) {
   return model.class_name().find("Transformer2D") != std::string::npos ||
          model.class_name().find("UNet") != std::string::npos;
 }
-
-}  // namespace
 
 PlannedComponent describe_component(const std::string& name, std::shared_ptr<models::Model> model,
                                     std::optional<at::ScalarType> dtype,
@@ -122,21 +102,9 @@ PlannedComponent describe_component(const std::string& name, std::shared_ptr<mod
   return component;
 }
 
-std::vector<PlannedComponent> components_of_preset(const std::string& preset,
-                                                   const PlanRequest& request) {
-  std::vector<PlannedComponent> components;
-  for (const auto& [name, part] : parts_of(preset)) {
-    const Preset* found = find_preset(part);
-    if (!found)
-      throw_error<ArgumentError>("--preset {}: unknown; presets: {}", preset, preset_names());
-    components.push_back(describe_component(name, make_preset(*found), at::kBFloat16, request));
-  }
-  return components;
-}
-
 std::vector<PlannedComponent> components_of_folder(const std::string& path,
                                                    const PlanRequest& request) {
-  const fs::path folder = pipelines::resolve_folder(path);
+  const fs::path folder = resolve_folder(path);
   std::vector<PlannedComponent> components;
   if (fs::exists(folder / "config.json")) {
     components.push_back(describe_component("", models::load_model(folder), {}, request));
@@ -147,6 +115,8 @@ std::vector<PlannedComponent> components_of_folder(const std::string& path,
                          folder.string());
   }
   const nlohmann::json index = io::read_json_object(folder / "model_index.json");
+  std::vector<std::pair<std::string, std::shared_ptr<models::Model>>> found;
+  PlanRequest own = request;
   for (const auto& [name, value] : index.items()) {
     if (!value.is_array() || value.size() != 2 || !value[1].is_string()) continue;
     const std::string class_name = value[1].get<std::string>();
@@ -154,9 +124,12 @@ std::vector<PlannedComponent> components_of_folder(const std::string& path,
         std::any_of(models::model_classes().begin(), models::model_classes().end(),
                     [&](const models::ModelClass& entry) { return entry.name == class_name; });
     if (!model) continue;  // tokenizers, schedulers
-    components.push_back(
-        describe_component(name, models::load_model(folder / name, {}, class_name), {}, request));
+    found.emplace_back(name, models::load_model(folder / name, {}, class_name));
+    if (const auto* vae = dynamic_cast<models::AutoencoderMixin*>(found.back().second.get()))
+      own.workload.vae_scale_factor = vae->scale_factor();
   }
+  for (auto& [name, model] : found)
+    components.push_back(describe_component(name, std::move(model), {}, own));
   if (components.empty())
     throw_error<FormatError>("{}: no component with weights that ferry has", folder.string());
   // Text encoders, the denoiser, the autoencoder.
@@ -243,4 +216,34 @@ const PlannedComponent& main_component(const std::vector<PlannedComponent>& comp
                            [](const auto& a, const auto& b) { return a.total_s() < b.total_s(); });
 }
 
-}  // namespace ferry::cli
+std::vector<NextGiB> next_gib(const std::vector<PlannedComponent>& components,
+                              const PlanRequest& request) {
+  constexpr uint64_t kGiB = 1ull << 30;
+  const PlannedComponent& main = main_component(components);
+  auto with = [&](const PlanRequest& more) {
+    std::vector<PlannedComponent> again = components;
+    plan_components(again, more);
+    return std::find_if(again.begin(), again.end(),
+                        [&](const PlannedComponent& c) { return c.name == main.name; })
+        ->run_s();
+  };
+  std::vector<NextGiB> next;
+  PlanRequest more = request;
+  if (request.weights_memory_bytes) {
+    *more.weights_memory_bytes += kGiB;
+    next.push_back({"--weights-memory", with(more)});
+  } else {
+    more.memory_bytes = request.memory_bytes.value_or(request.hardware.memory_bytes) + kGiB;
+    next.push_back({"--memory", with(more)});
+  }
+  if (request.hardware.link_bytes_per_s > 0) {
+    more = request;
+    // Without a budget there is staging alone: the first GiB that is given has to hold that too.
+    more.host_memory_bytes =
+        std::max(main.plan.host_peak_bytes(), request.host_memory_bytes) + kGiB;
+    next.push_back({"--host-memory", with(more)});
+  }
+  return next;
+}
+
+}  // namespace ferry::pipelines
