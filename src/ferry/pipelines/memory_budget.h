@@ -59,9 +59,9 @@ struct MemoryRequest {
 };
 
 // Splits request.memory_bytes for a generation of this size on `device`. Where activations are too
-// many, in this order as far as needed: the denoiser's batch is split into passes, pictures are
-// decoded one after the other, then in tiles. Reads no weight. Throws BudgetError stating the least
-// total that would do. REQUIRES: request.memory_bytes.
+// many, the component that needs most makes do with less, until they fit: pictures are decoded one
+// after the other, then in tiles; the denoiser's batch is split into passes. Reads no weight.
+// Throws BudgetError stating the least total that would do. REQUIRES: request.memory_bytes.
 MemorySplit split_memory(const DiffusionPipeline& pipeline, const GenerationSize& size,
                          at::Device device, const MemoryRequest& request);
 
