@@ -2,86 +2,28 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <fcntl.h>
-
-#include <atomic>
-#include <cerrno>
-#include <functional>
 #include <mutex>
 
 #include "ferry/base/error.h"
 #include "ferry/io/read_engine.h"
+#include "ferry/testing/faulty_system.h"
 #include "temp_folder.h"
 
 namespace ferry::io {
 namespace {
 
 using namespace ferry::testing_io;
-using testing::AllOf;
-using testing::HasSubstr;
+using ferry::testing::Fault;
+using ferry::testing::FaultySystem;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
 
 constexpr size_t kBytes = 1 << 20;
 
-// Decides about each read by its number; both engines come through here.
-class FaultySystem : public System {
- public:
-  enum class Fault { none, short_read, interrupted, again, invalid, broken };
-  std::function<Fault(int number, bool direct)> plan = [](int, bool) { return Fault::none; };
-
-  int open(const char* path, int flags, mode_t mode) override {
-    int fd = System::open(path, flags, mode);
-    if ((flags & O_DIRECT) != 0) direct_fd = fd;
-    return fd;
-  }
-  ssize_t pread(int fd, void* into, size_t size, uint64_t offset) override {
-    switch (next(fd)) {
-      case Fault::short_read:
-        return System::pread(fd, into, shortened(size), offset);
-      case Fault::interrupted:
-        return errno = EINTR, -1;
-      case Fault::again:
-        return errno = EAGAIN, -1;
-      case Fault::invalid:
-        return errno = EINVAL, -1;
-      case Fault::broken:
-        return errno = EIO, -1;
-      case Fault::none:
-        break;
-    }
-    return System::pread(fd, into, size, offset);
-  }
-  int read_completed(int fd, uint64_t, size_t size, int result) override {
-    switch (next(fd)) {
-      case Fault::short_read:
-        return std::min<int>(result, static_cast<int>(shortened(size)));
-      case Fault::interrupted:
-        return -EINTR;
-      case Fault::again:
-        return -EAGAIN;
-      case Fault::invalid:
-        return -EINVAL;
-      case Fault::broken:
-        return -EIO;
-      case Fault::none:
-        break;
-    }
-    return result;
-  }
-  std::atomic<int> reads{0};
-  int direct_fd = -1;
-  size_t grain = 512;
-
- private:
-  Fault next(int fd) { return plan(reads++, fd == direct_fd); }
-  size_t shortened(size_t size) const {
-    return size <= grain ? size : std::max<size_t>(grain, size / 3 / grain * grain);
-  }
-};
-
-class ReadFaultsTest : public testing::TestWithParam<ReadBackend> {
+class ReadFaultsTest : public ::testing::TestWithParam<ReadBackend> {
  protected:
-  using Fault = FaultySystem::Fault;
   void SetUp() override {
+    system_.plan = [](int64_t, bool) { return Fault::none; };
     content_ = random_bytes(kBytes, 5);
     write_text(folder_ / "data", content_);
     file_ = File::open(folder_ / "data", system_);
@@ -102,53 +44,55 @@ class ReadFaultsTest : public testing::TestWithParam<ReadBackend> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Backends, ReadFaultsTest,
-                         testing::Values(ReadBackend::io_uring, ReadBackend::pread),
+                         ::testing::Values(ReadBackend::io_uring, ReadBackend::pread),
                          [](const auto& info) {
                            return info.param == ReadBackend::io_uring ? "io_uring" : "pread";
                          });
 
 TEST_P(ReadFaultsTest, ShortReadsAreContinued) {
-  system_.plan = [](int, bool) { return Fault::short_read; };
+  system_.plan = [](int64_t, bool) { return Fault::short_read; };
   read_all();
   EXPECT_EQ(seen(), content_);
-  EXPECT_GT(system_.reads.load(), 64);
+  EXPECT_GT(system_.reads(), 64);
   EXPECT_EQ(engine_->bytes_read(), kBytes);
 }
 
 TEST_P(ReadFaultsTest, OddShortReadsLeaveDirectIo) {
   system_.grain = 100;
-  system_.plan = [](int number, bool) { return number % 2 == 0 ? Fault::short_read : Fault::none; };
+  system_.plan = [](int64_t number, bool) {
+    return number % 2 == 0 ? Fault::short_read : Fault::none;
+  };
   read_all();
   EXPECT_EQ(seen(), content_);
 }
 
 TEST_P(ReadFaultsTest, InterruptionsAreRetried) {
-  system_.plan = [](int number, bool) {
-    return number % 3 == 0 ? Fault::interrupted : number % 3 == 1 ? Fault::again : Fault::none;
+  system_.plan = [](int64_t number, bool) {
+    return number % 3 == 0 ? Fault::interrupted : number % 3 == 1 ? Fault::try_again : Fault::none;
   };
   read_all();
   EXPECT_EQ(seen(), content_);
 }
 
 TEST_P(ReadFaultsTest, EndlessInterruptionsFail) {
-  system_.plan = [](int, bool) { return Fault::again; };
+  system_.plan = [](int64_t, bool) { return Fault::try_again; };
   EXPECT_THAT(error_of<IoError>([&] { read_all(); }), HasSubstr("temporarily unavailable"));
 }
 
 TEST_P(ReadFaultsTest, DirectRefusedFallsBack) {
   if (file_->direct_fd() < 0) GTEST_SKIP() << "no O_DIRECT here";
-  system_.plan = [](int, bool direct) { return direct ? Fault::invalid : Fault::none; };
+  system_.plan = [](int64_t, bool direct) { return direct ? Fault::invalid : Fault::none; };
   read_all();
   EXPECT_EQ(seen(), content_);
 }
 
 TEST_P(ReadFaultsTest, InvalidWithoutDirectIsAnError) {
-  system_.plan = [](int, bool) { return Fault::invalid; };
+  system_.plan = [](int64_t, bool) { return Fault::invalid; };
   EXPECT_THAT(error_of<IoError>([&] { read_all(); }), HasSubstr("Invalid argument"));
 }
 
 TEST_P(ReadFaultsTest, ErrorNamesFileOffsetAndCounts) {
-  system_.plan = [](int number, bool) { return number == 5 ? Fault::broken : Fault::none; };
+  system_.plan = [](int64_t number, bool) { return number == 5 ? Fault::io_error : Fault::none; };
   EXPECT_THAT(error_of<IoError>([&] { read_all(); }),
               AllOf(HasSubstr((folder_ / "data").string()),
                     HasSubstr("read of 65536 bytes at offset"), HasSubstr("Input/output error"),
@@ -161,13 +105,13 @@ TEST_P(ReadFaultsTest, ErrorNamesFileOffsetAndCounts) {
 TEST_P(ReadFaultsTest, RandomFaultsNeverGiveWrongBytes) {
   std::mt19937 random(23);
   std::mutex mutex;
-  system_.plan = [&](int, bool) {
+  system_.plan = [&](int64_t, bool) {
     std::lock_guard lock(mutex);
     unsigned dice = random() % 100;
     if (dice < 30) return Fault::short_read;
     if (dice < 40) return Fault::interrupted;
     if (dice < 50) return Fault::invalid;
-    if (dice < 51) return Fault::broken;
+    if (dice < 51) return Fault::io_error;
     return Fault::none;
   };
   int good = 0;

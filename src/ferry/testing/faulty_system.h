@@ -1,10 +1,15 @@
-// An operating system that fails: the k-th operation on files goes wrong in a chosen way.
+// An operating system that fails: the k-th operation on files goes wrong in a chosen way, or each
+// read as a test decides.
 #pragma once
 
+#include <fcntl.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <thread>
 
 #include "ferry/io/system.h"
@@ -13,19 +18,33 @@ namespace ferry::testing {
 
 enum class Fault {
   none,
-  io_error,    // EIO
-  try_again,   // EAGAIN, which is no error
-  short_read,  // half of what was asked for, which is no error either
-  slow,        // right, but late
-  truncated,   // fstat sees a file that lost its second half
-  changed,     // fstat sees another modification time
-  disk_full,   // ENOSPC
+  io_error,     // EIO
+  try_again,    // EAGAIN, which is no error
+  interrupted,  // EINTR, no error either
+  short_read,   // a part of what was asked for, nor is that
+  invalid,      // EINVAL, as from O_DIRECT where it is not supported
+  slow,         // right, but late
+  truncated,    // fstat sees a file that lost its second half
+  changed,      // fstat sees another modification time
+  disk_full,    // ENOSPC
 };
 
 // Counts the operations that can fail (fstat, reads, writes, fsync, rename) and lets the one with
-// the number `at` fail, once. Thread-safe.
+// the number `at` fail, once. Thread-safe, but for the public members, which are set before.
 class FaultySystem : public io::System {
  public:
+  // What each read meets, by its number and whether it is a direct one. Set, it replaces arm() for
+  // reads. Called by the threads that read.
+  std::function<Fault(int64_t number, bool direct)> plan;
+  // Short reads end at a multiple of this.
+  size_t grain = 512;
+
+  int open(const char* path, int flags, mode_t mode) override {
+    const int fd = System::open(path, flags, mode);
+    if ((flags & O_DIRECT) != 0) direct_fd_ = fd;
+    return fd;
+  }
+  int64_t reads() const { return reads_; }
   void arm(Fault fault, int64_t at) {
     fault_ = fault;
     left_ = at;
@@ -53,8 +72,8 @@ class FaultySystem : public io::System {
     }
   }
   ssize_t pread(int fd, void* into, size_t size, uint64_t offset) override {
-    const Fault fault = next(/*stat=*/false);
-    if (fault == Fault::short_read) size = (size + 1) / 2;
+    const Fault fault = next_read(fd);
+    if (fault == Fault::short_read) size = shortened(size);
     const ssize_t result = System::pread(fd, into, size, offset);
     const int failed = failure(fault);
     if (failed == 0) return result;
@@ -73,13 +92,17 @@ class FaultySystem : public io::System {
     return fails() ? -1 : System::rename(from, to);
   }
   int read_completed(int fd, uint64_t offset, size_t size, int result) override {
-    const Fault fault = next(false);
-    if (fault == Fault::short_read && result > 1) return result / 2;
+    const Fault fault = next_read(fd);
+    if (fault == Fault::short_read) return std::min(result, static_cast<int>(shortened(size)));
     const int failed = failure(fault);
     return failed == 0 ? result : -failed;
   }
 
  private:
+  Fault next_read(int fd) { return plan ? plan(reads_++, fd == direct_fd_) : next(/*stat=*/false); }
+  size_t shortened(size_t size) const {
+    return size <= grain ? size : std::max(grain, size / 2 / grain * grain);
+  }
   Fault next(bool stat) {
     ++operations_;
     if (fault_ == Fault::none || left_-- != 0) return Fault::none;
@@ -98,6 +121,10 @@ class FaultySystem : public io::System {
         return EIO;
       case Fault::try_again:
         return EAGAIN;
+      case Fault::interrupted:
+        return EINTR;
+      case Fault::invalid:
+        return EINVAL;
       case Fault::disk_full:
         return ENOSPC;
       default:
@@ -111,7 +138,8 @@ class FaultySystem : public io::System {
   }
 
   std::atomic<Fault> fault_{Fault::none};
-  std::atomic<int64_t> left_{0}, operations_{0};
+  std::atomic<int64_t> left_{0}, operations_{0}, reads_{0};
+  std::atomic<int> direct_fd_{-1};
   std::atomic<bool> fired_{false};
 };
 
