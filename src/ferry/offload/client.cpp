@@ -301,14 +301,17 @@ void Client::report_plan_locked() {
   engine_.report_.reads_packs = reads_packs_;
 }
 
-uint64_t Client::assign_host_homes_locked(uint64_t budget) {
+uint64_t Client::assign_host_homes_locked(uint64_t budget, bool residents) {
+  auto comes_back = [&](const State& state) {
+    return residents || state.placement == Placement::streamed;
+  };
   auto bytes_of = [](const Piece& piece) {
     return (piece.all_converted ? 0 : Arena::round_up(piece.read_bytes)) +
            Arena::round_up(piece.convert_bytes);
   };
   uint64_t wanted = 0;
   for (const auto& state : states_) {
-    if (state->placement == Placement::resident) continue;
+    if (!comes_back(*state)) continue;
     for (const Piece& piece : state->pieces) wanted += piece.staged ? 0 : bytes_of(piece);
   }
   // Spread evenly, so that the disk has the whole step for the rest.
@@ -321,7 +324,7 @@ uint64_t Client::assign_host_homes_locked(uint64_t budget) {
       for (Piece& piece : state->pieces) {
         if (piece.staged) continue;
         if (!fill) piece.host_home = false;
-        if (piece.host_home || state->placement == Placement::resident) continue;
+        if (piece.host_home || !comes_back(*state)) continue;
         const uint64_t bytes = bytes_of(piece);
         account += share * static_cast<double>(bytes);
         if (taken + bytes > budget || (!fill && account < 0.5 * static_cast<double>(bytes)))
@@ -337,10 +340,6 @@ uint64_t Client::assign_host_homes_locked(uint64_t budget) {
   return taken;
 }
 
-void Client::deactivate_locked() noexcept {
-  forget_predictions_locked();
-}
-
 void Client::drop_all_locked() noexcept {
   forget_predictions_locked();
   for (auto& state : states_) {
@@ -353,7 +352,7 @@ bool Client::drop_idle_locked() noexcept {
   bool any = false;
   for (auto& state : states_) {
     if (state->leases > 0 || state->is_absent() || state->pieces.empty()) continue;
-    drop_locked(*state, /*forget_host=*/true);
+    drop_locked(*state);  // what has a home in host memory comes back from there
     any = true;
   }
   return any;

@@ -152,7 +152,6 @@ class DeviceCarrier final : public Carrier {
     free_passed();
   }
 
-  uint64_t host_bytes() const override { return host_.used_bytes(); }
   uint64_t host_peak_bytes() const override { return host_.peak_bytes(); }
 
  private:

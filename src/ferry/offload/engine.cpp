@@ -260,7 +260,10 @@ void Engine::prepare_memory_locked() {
         format_bytes(context.host_memory_bytes), format_bytes_up(largest_read));
   }
   uint64_t homes = context.host_memory_bytes - std::min(context.host_memory_bytes, staging);
-  for (Client* client : clients_) homes -= client->assign_host_homes_locked(homes);
+  uint64_t together = 0;
+  for (const Client* client : clients_) together += client->plan_.peak_bytes();
+  const bool take_turns = together > arena_.size_bytes();
+  for (Client* client : clients_) homes -= client->assign_host_homes_locked(homes, take_turns);
   carrier_ = make_device_carrier(std::move(context));
 }
 
@@ -349,7 +352,7 @@ bool Engine::make_room(const c10::OutOfMemoryError& error, bool again) {
 
 void Engine::activate_locked(Client& client) {
   if (active_ == &client && carrier_) return;
-  if (active_ && active_ != &client) active_->deactivate_locked();
+  if (active_ && active_ != &client) active_->forget_predictions_locked();
   active_ = nullptr;
   prepare_memory_locked();
   active_ = &client;

@@ -300,10 +300,9 @@ class Client {
   void read_from_locked(bool packs);
   void make_pieces_locked(State& state);
   void report_plan_locked();
-  // Which pieces stay in host memory once they were read; returns the bytes they take.
-  uint64_t assign_host_homes_locked(uint64_t budget);
-  // What it streams goes; what it holds for good stays until somebody needs the room.
-  void deactivate_locked() noexcept;
+  // Which pieces stay in host memory once they were read; returns the bytes they take. `residents`
+  // too where another component may take their place.
+  uint64_t assign_host_homes_locked(uint64_t budget, bool residents);
   void drop_all_locked() noexcept;
   // What has no lease out; false if there was nothing.
   bool drop_idle_locked() noexcept;
@@ -322,6 +321,7 @@ class Client {
   void drop_if_unused_locked(State& state) noexcept;
   // Takes back the prediction that hurts least; false if there is none.
   bool evict_one_locked();
+  // What it streams goes; what it holds for good stays until somebody needs the room.
   void forget_predictions_locked() noexcept;
   void adopt_order_locked(std::vector<size_t> order);
   // Weights that somebody gave to an idle slot.
