@@ -7,16 +7,20 @@
 
 #include "command.h"
 #include "ferry/base/error.h"
+#include "ferry/base/log.h"
 #include "ferry/base/progress.h"
 #include "ferry/base/system_info.h"
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
+#include "ferry/models/packing.h"
 #include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
+#include "ferry/pipelines/plan_components.h"
 #include "ferry/pipelines/time_estimate.h"
 #include "ferry/tensor/device.h"
+#include "ferry/weights/lossless_pack.h"
 #include "measure.h"
 #include "tensor_file.h"
 
@@ -31,7 +35,7 @@ struct GenerateOptions {
   std::string embeds, save_embeds;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
   PictureOptions picture;  // all but the prompts, which may be several here
-  std::optional<uint64_t> weights_memory, host_memory, reserve, io_limit;
+  std::optional<uint64_t> weights_memory, host_memory, reserve, pack_space, io_limit;
   std::string memory = "auto";
   std::optional<int> threads;
   int quality = 95;
@@ -194,32 +198,67 @@ offload::EngineOptions engine_options(const GenerateOptions& options, at::Device
   return engine;
 }
 
+// Lossless packs of what runs every step, made if they are not there and `space_bytes` holds them,
+// so that a step that waits for the disk waits less.
+void offer_packs(pipelines::DiffusionPipeline& pipeline, uint64_t space_bytes,
+                 const Context& context) {
+  // What is packed takes about this part of bf16 weights.
+  constexpr double kPackedPart = 0.7;
+  weights::PackCache cache;
+  for (const auto& [name, component] : pipeline.components()) {
+    if (!component.model || !pipelines::runs_every_step(*component.model)) continue;
+    weights::Binding& binding = *component.model->binding();
+    auto pack = weights::find_cached_pack(cache, *binding.checkpoint);
+    if (!pack) {
+      const uint64_t bytes = binding.checkpoint->total_bytes();
+      const auto packed = static_cast<uint64_t>(kPackedPart * static_cast<double>(bytes));
+      if (packed > space_bytes) {
+        log::info("{}: a lossless pack would take about {}, --pack-space allows {}", name,
+                  format_bytes(packed), format_bytes(space_bytes));
+        continue;
+      }
+      weights::PackOptions pack_options = models::pack_options(*component.model);
+      pack_options.stop = context.stop;
+      ProgressBar bar(fmt::format("packing {}, MB", name), bytes / 1'000'000,
+                      {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
+      pack_options.progress = [&](uint64_t done) { bar.set(done / 1'000'000); };
+      pack = weights::make_cached_pack(cache, *binding.checkpoint, pack_options);
+      bar.finish();
+    }
+    weights::offer_pack(binding, *pack);
+  }
+}
+
 // Sets the pipeline up for the memory that was asked for, and says in one line what was chosen, how
 // long it will take, and why.
 void set_memory(const GenerateOptions& options, const pipelines::TextToImageArguments& arguments,
                 const pipelines::GenerationSize& size, pipelines::DiffusionPipeline& pipeline,
                 const offload::Measurements& measurements, offload::EngineOptions engine,
-                bool quiet) {
+                const Context& context) {
   std::optional<uint64_t> budget = options.weights_memory;
-  std::string chosen;
-  if (budget) {
-    chosen = fmt::format("{} for weights", format_bytes(*budget));
-    engine.weights_memory_bytes = *budget;
-    pipeline.enable_group_offload(std::make_shared<offload::Engine>(engine));
-  } else {
-    const pipelines::MemoryChoice choice = pipelines::choose_memory(
+  std::optional<pipelines::MemoryChoice> choice;
+  if (!budget) {
+    choice = pipelines::choose_memory(
         pipeline, size, engine.device,
         {.memory_bytes = pipelines::parse_memory(options.memory, "--memory"),
          .reserve_bytes = options.reserve.value_or(0)});
-    chosen = choice.describe();
-    budget = choice.weights_memory_bytes();
-    pipelines::apply_memory(pipeline, choice, engine);
+    budget = choice->weights_memory_bytes();
   }
-  if (quiet) return;
   const pipelines::TimeEstimate estimate =
       pipelines::estimate_time(pipeline, size, arguments.num_inference_steps, engine.device, budget,
                                engine.read.rate_limit_bytes_per_s, measurements);
-  fmt::print("memory {}; {}\n", chosen, estimate.describe());
+  if (options.pack_space && estimate.step_s && estimate.bound == offload::Bound::disk)
+    offer_packs(pipeline, *options.pack_space, context);
+  if (choice) {
+    pipelines::apply_memory(pipeline, *choice, engine);
+  } else {
+    engine.weights_memory_bytes = *budget;
+    pipeline.enable_group_offload(std::make_shared<offload::Engine>(engine));
+  }
+  if (context.quiet) return;
+  fmt::print("memory {}; {}\n",
+             choice ? choice->describe() : format_bytes(*budget) + " for weights",
+             estimate.describe());
 }
 
 int run_generate(const GenerateOptions& options, Context& context) {
@@ -257,7 +296,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
   const pipelines::GenerationSize size = pipelines::generation_size(*pipeline, arguments);
   const offload::Measurements measurements(offload::Measurements::default_folder());
   set_memory(options, arguments, size, *pipeline, measurements,
-             engine_options(options, device, context, tracing), context.quiet);
+             engine_options(options, device, context, tracing), context);
   double load_seconds = std::chrono::duration<double>(Clock::now() - start).count();
 
   Stages stages(context.quiet, tracing);
@@ -450,6 +489,9 @@ Command add_generate(CLI::App& app) {
             "staging]");
   command->add_flag("--use-packs", o->use_packs,
                     "read lossless packs of the weights from the cache (ferry pack makes them)");
+  add_bytes(command, "--pack-space", o->pack_space,
+            "where the disk is the limit, keep lossless packs of up to this size in the cache and "
+            "read those");
   add_rate(command, "--io-limit", o->io_limit, "read no faster than this, e.g. 500MB/s");
   command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")
       ->type_name("FILE");

@@ -174,6 +174,47 @@ TEST_F(PackCli, PicturesFromPacksAreTheSame) {
   EXPECT_TRUE(fs::exists(path("packs/vae.pack")));
 }
 
+TEST_F(PackCli, GeneratePacksWhereItWaitsForTheDisk) {
+  auto picture = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {"generate",
+                                          "--model",
+                                          FERRY_MODELS "/shapes",
+                                          "--prompt",
+                                          "a red circle",
+                                          "--width",
+                                          "64",
+                                          "--height",
+                                          "64",
+                                          "--steps",
+                                          "2",
+                                          "--max-sequence-length",
+                                          "24",
+                                          "--seed",
+                                          "5",
+                                          "--threads",
+                                          "1",
+                                          "--output",
+                                          path("x.png"),
+                                          "--weights-memory",
+                                          "2MiB",
+                                          "--io-limit",
+                                          "8MB/s"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    Result result = ferry(arguments);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return std::pair(pipelines::load_png(path("x.png")).pixels, result.out);
+  };
+  // Without a run that showed how long computing takes nothing is known, so nothing is packed.
+  const auto first = picture({"--pack-space", "100MB"});
+  EXPECT_EQ(cache_entries().size(), 0u);
+  EXPECT_THAT(picture({"--pack-space", "1kB"}).second, HasSubstr("limited by the disk"));
+  EXPECT_EQ(cache_entries().size(), 0u) << "more than is allowed";
+  EXPECT_TRUE(picture({"--pack-space", "100MB"}).first == first.first);
+  EXPECT_EQ(cache_entries().size(), 1u);
+  EXPECT_TRUE(picture({"--pack-space", "100MB"}).first == first.first);
+  EXPECT_EQ(cache_entries().size(), 1u);
+}
+
 TEST_F(PackCli, WrongFoldersAreErrors) {
   Result result = ferry({"pack", path("cache")});
   EXPECT_EQ(result.code, 1);

@@ -243,7 +243,7 @@ TEST_P(GroupOffloadingTest, LockstepReadsEachGroupOnceForAllPasses) {
 }
 
 // Where passes take turns decides what those that wait hold: a group's activations, or a block's.
-TEST_F(GroupOffloadingTest, LockstepTakesTurnsWhereItIsTold) {
+TEST_P(GroupOffloadingTest, LockstepTakesTurnsWhereItIsTold) {
   auto [net, binding] = load();
   auto offloading = apply_group_offloading(*net, binding, engine(4 << 20));
   // Which pass it is, by the size of its batch.
