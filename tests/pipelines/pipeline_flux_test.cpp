@@ -228,7 +228,12 @@ TEST(FluxPipeline, RememberedPromptsDoNotOutliveTheWeights) {
   for (bool streamed : {false, true}) {
     SCOPED_TRACE(streamed ? "streamed" : "resident");
     auto pipeline = load();
-    if (streamed) pipeline->set_memory_budget(1 << 20);
+    if (streamed) {
+      offload::EngineOptions options;
+      options.weights_memory_bytes = 1 << 20;
+      options.small_slot_bytes = 0;  // so that the weight is one that comes and goes
+      pipeline->enable_group_offload(std::make_shared<offload::Engine>(options));
+    }
     const at::Tensor before = (*pipeline)(small()).tensor;
     change(*pipeline);
     EXPECT_TRUE(at::equal((*pipeline)(small()).tensor, expected));
