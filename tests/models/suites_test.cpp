@@ -2,30 +2,14 @@
 #include <fstream>
 
 #include "ferry/testing/autoencoder_suites.h"
+#include "ferry/testing/memory_suites.h"
 #include "ferry/testing/model_suites.h"
 
 namespace ferry::testing {
 namespace {
 
-// The fixtures of a class: folders "<class>-<k>" with weights, inputs.safetensors and args.json.
 std::vector<ModelCase> cases_of(const std::vector<std::string>& classes) {
-  std::vector<ModelCase> cases;
-  for (const std::string& name : classes) {
-    for (const auto& entry : std::filesystem::directory_iterator(FERRY_FIXTURES "/models")) {
-      const std::string folder = entry.path().filename().string();
-      if (folder.substr(0, folder.rfind('-')) != name) continue;
-      ModelCase one{
-          .name = folder, .folder = entry.path(), .inputs = entry.path() / "inputs.safetensors"};
-      std::erase(one.name, '-');
-      nlohmann::json arguments = nlohmann::json::parse(std::ifstream(entry.path() / "args.json"));
-      one.method = arguments.value("method", "forward");
-      one.arguments = arguments.value("args", nlohmann::json::object());
-      cases.push_back(std::move(one));
-    }
-  }
-  std::sort(cases.begin(), cases.end(),
-            [](const ModelCase& a, const ModelCase& b) { return a.name < b.name; });
-  return cases;
+  return cases_in(FERRY_FIXTURES "/models", classes);
 }
 
 const std::vector<std::string> kAll = {"FluxTransformer2DModel", "AutoencoderKL", "CLIPTextModel",

@@ -4,32 +4,13 @@
 #include <ATen/DeviceAccelerator.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cstdlib>
-#include <fstream>
 
 #include "ferry/testing/fake_accelerator.h"
 #include "ferry/testing/model_case.h"
 
 namespace ferry::testing {
 namespace {
-
-std::vector<ModelCase> all_cases() {
-  std::vector<ModelCase> cases;
-  for (const auto& entry : std::filesystem::directory_iterator(FERRY_FIXTURES "/models")) {
-    ModelCase one{.name = entry.path().filename().string(),
-                  .folder = entry.path(),
-                  .inputs = entry.path() / "inputs.safetensors"};
-    std::erase(one.name, '-');
-    nlohmann::json arguments = nlohmann::json::parse(std::ifstream(entry.path() / "args.json"));
-    one.method = arguments.value("method", "forward");
-    one.arguments = arguments.value("args", nlohmann::json::object());
-    cases.push_back(std::move(one));
-  }
-  std::sort(cases.begin(), cases.end(),
-            [](const ModelCase& a, const ModelCase& b) { return a.name < b.name; });
-  return cases;
-}
 
 class FakeModelsTest
     : public ::testing::TestWithParam<std::tuple<ModelCase, std::optional<at::ScalarType>>> {};
@@ -66,7 +47,7 @@ std::string name_of(const ::testing::TestParamInfo<FakeModelsTest::ParamType>& i
 }
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, FakeModelsTest,
-                         ::testing::Combine(::testing::ValuesIn(all_cases()),
+                         ::testing::Combine(::testing::ValuesIn(cases_in(FERRY_FIXTURES "/models")),
                                             ::testing::Values(std::optional<at::ScalarType>(),
                                                               at::kBFloat16)),
                          name_of);

@@ -47,11 +47,15 @@ class PassHook : public nn::ModuleHook {
 };
 
 // On a module that needs groups while it runs. A module may be entered again from within itself.
+// `recomputes`: its own code uses the weights, so that a graph cannot be made around it.
 class LeaseHook : public nn::ModuleHook {
  public:
-  LeaseHook(offload::Client& client, std::vector<size_t> groups,
+  LeaseHook(offload::Client& client, std::vector<size_t> groups, bool recomputes,
             std::shared_ptr<const LockstepTurn> turn)
-      : client_(client), groups_(std::move(groups)), turn_(std::move(turn)) {}
+      : client_(client),
+        groups_(std::move(groups)),
+        recomputes_(recomputes),
+        turn_(std::move(turn)) {}
 
   void before(nn::Module&) override {
     std::vector<offload::Lease> leases;
@@ -64,7 +68,7 @@ class LeaseHook : public nn::ModuleHook {
     if (*turn_ == LockstepTurn::group) Fiber::yield();
   }
   void failed(nn::Module&) noexcept override { held_.pop_back(); }
-  bool wants_recompute() const override { return true; }
+  bool wants_recompute() const override { return recomputes_; }
   std::vector<at::Tensor> recompute(nn::Module& module, const std::vector<at::Tensor>& inputs,
                                     const nn::RecomputeBody& body) override {
     return recompute_in_backward(module, inputs, body, [&client = client_, groups = groups_] {
@@ -77,6 +81,7 @@ class LeaseHook : public nn::ModuleHook {
  private:
   offload::Client& client_;
   std::vector<size_t> groups_;
+  bool recomputes_;
   std::shared_ptr<const LockstepTurn> turn_;
   std::vector<std::vector<offload::Lease>> held_;
 };
@@ -173,6 +178,17 @@ class Grouping {
     return group == group_of_.end() ? std::nullopt : std::optional(group->second);
   }
 
+  // Whether the module's own code uses streamed weights, not only that of modules below it.
+  bool uses_groups_itself(const nn::Module& module) const {
+    for (const Entry& entry : entries_) {
+      bool any = false;
+      if (entry.module == &module)
+        for_own_slots(entry, [&](size_t slot) { any = any || group_of_.contains(slot); });
+      if (any) return true;
+    }
+    return false;
+  }
+
   // Whether the slot is of an excluded module, whose weights stay in memory.
   bool stays(const weights::BoundSlot& slot) const {
     return std::find(excluded.begin(), excluded.end(), &slot) != excluded.end();
@@ -185,7 +201,7 @@ class Grouping {
     if (config_.offload_type == OffloadType::leaf_level) {
       for (const Entry& entry : entries_) add_group(entry.name, {entry}, entry.module);
     } else {
-      add_group("top level", entries_, entries_.front().module);
+      add_top_level();
     }
     std::vector<std::pair<nn::Module*, std::vector<size_t>>> ordered;
     for (const Entry& entry : entries_) {
@@ -282,6 +298,22 @@ class Grouping {
     std::sort(wanted.begin(), wanted.end());
     wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
     if (wanted.empty()) wanted_.erase(hooked);
+  }
+
+  // What no block holds: leased by the root for as long as it runs, and by the modules that use it,
+  // since those are what a backward runs again.
+  void add_top_level() {
+    const size_t group = groups.size();
+    add_group("top level", entries_, entries_.front().module);
+    for (const Entry& entry : entries_) {
+      if (entry.module == entries_.front().module) continue;
+      for_own_slots(entry, [&](size_t slot) {
+        auto found = group_of_.find(slot);
+        if (found == group_of_.end() || found->second != group) return;
+        std::vector<size_t>& wanted = wanted_[entry.module];
+        if (std::find(wanted.begin(), wanted.end(), group) == wanted.end()) wanted.push_back(group);
+      });
+    }
   }
 
   // A group that is held while modules below lease theirs: the top level, and parameters that a
@@ -500,8 +532,10 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
     offloading->hooked_.push_back(block);
   }
   for (const auto& [module, groups] : grouping.leases) {
-    module->add_hook(kLeaseHook,
-                     std::make_shared<LeaseHook>(*offloading->client_, groups, offloading->turn_));
+    // Blocks stand for all that is below them; of the root, the modules below lease for themselves.
+    const bool recomputes = module != &root || grouping.uses_groups_itself(root);
+    module->add_hook(kLeaseHook, std::make_shared<LeaseHook>(*offloading->client_, groups,
+                                                             recomputes, offloading->turn_));
     offloading->hooked_.push_back(module);
   }
   return offloading;

@@ -2,13 +2,18 @@
 // test is a list of cases and INSTANTIATE_TEST_SUITE_P for each suite that applies.
 #pragma once
 
+#include <fmt/format.h>
+#include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <string>
+#include <vector>
 
 #include "ferry/models/cast_inputs.h"
 #include "ferry/models/model.h"
@@ -47,6 +52,48 @@ struct ModelCase {
 
   friend void PrintTo(const ModelCase& value, std::ostream* out) { *out << value.name; }
 };
+
+inline std::string case_name(const ::testing::TestParamInfo<ModelCase>& info) {
+  return info.param.name;
+}
+
+// Every "<class>-<k>" below `folder`, by name: each has config.json, weights, inputs.safetensors
+// and args.json. `classes` empty: of all classes.
+inline std::vector<ModelCase> cases_in(const std::filesystem::path& folder,
+                                       const std::vector<std::string>& classes = {}) {
+  std::vector<ModelCase> cases;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    const std::string of_class = name.substr(0, name.rfind('-'));
+    if (!classes.empty() && std::find(classes.begin(), classes.end(), of_class) == classes.end())
+      continue;
+    ModelCase one{
+        .name = name, .folder = entry.path(), .inputs = entry.path() / "inputs.safetensors"};
+    std::erase(one.name, '-');
+    auto arguments = nlohmann::json::parse(std::ifstream(entry.path() / "args.json"));
+    one.method = arguments.value("method", "forward");
+    one.arguments = arguments.value("args", nlohmann::json::object());
+    cases.push_back(std::move(one));
+  }
+  std::sort(cases.begin(), cases.end(),
+            [](const ModelCase& a, const ModelCase& b) { return a.name < b.name; });
+  return cases;
+}
+
+inline void expect_equal(const models::NamedTensors& got, const models::NamedTensors& expected,
+                         const std::string& when = "") {
+  ASSERT_EQ(got.size(), expected.size()) << when;
+  for (const auto& [name, tensor] : expected) {
+    ASSERT_TRUE(got.contains(name)) << name << when;
+    const at::Tensor& other = got.at(name);
+    if (at::equal(other, tensor)) continue;
+    ADD_FAILURE() << name << when << ": differs"
+                  << (other.sizes() == tensor.sizes()
+                          ? fmt::format(" by at most {}",
+                                        (other - tensor).abs().max().item<double>())
+                          : " in shape");
+  }
+}
 
 // A folder below the system's temporary folder, removed at the end.
 class TemporaryFolder {

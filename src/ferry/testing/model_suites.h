@@ -1,5 +1,5 @@
-// Suites that every model passes: ModelTester, MemoryTester, AttentionTester. Parameterised by
-// ModelCase:
+// Suites that every model passes: ModelTester, AttentionTester (and memory_suites.h's
+// MemoryTester). Parameterised by ModelCase:
 //
 //   INSTANTIATE_TEST_SUITE_P(Flux, ModelTester, ::testing::ValuesIn(cases), case_name);
 #pragma once
@@ -15,18 +15,6 @@
 #include "ferry/weights/stub.h"
 
 namespace ferry::testing {
-
-inline std::string case_name(const ::testing::TestParamInfo<ModelCase>& info) {
-  return info.param.name;
-}
-
-inline void expect_equal(const models::NamedTensors& got, const models::NamedTensors& expected) {
-  ASSERT_EQ(got.size(), expected.size());
-  for (const auto& [name, tensor] : expected) {
-    ASSERT_TRUE(got.contains(name)) << name;
-    EXPECT_TRUE(at::equal(got.at(name), tensor)) << name;
-  }
-}
 
 // ---- ModelTester: config, save and load, determinism, dtype, missing keys ----
 
@@ -101,85 +89,10 @@ TEST_P(ModelTester, WithoutWeightsTheOutputIsLoud) {
   auto loaded = GetParam().load();
   auto model = models::make_model(loaded->class_name(), loaded->config_json());
   for (const auto& [name, tensor] : GetParam().run(*model)) {
-    if (at::isFloatingType(tensor.scalar_type()))
+    if (at::isFloatingType(tensor.scalar_type())) {
       EXPECT_TRUE(at::isnan(tensor).any().item<bool>()) << name;
-  }
-}
-
-// ---- MemoryTester: offloading of each type equals resident, the budget holds, stubs are loud ----
-
-class MemoryTester : public ::testing::TestWithParam<ModelCase> {
- protected:
-  static std::shared_ptr<offload::Engine> engine(uint64_t budget, uint64_t arena = 0) {
-    offload::EngineOptions options;
-    options.weights_memory_bytes = budget;
-    options.preferred_arena_bytes = arena;
-    options.small_slot_bytes = 0;
-    return std::make_shared<offload::Engine>(options);
-  }
-};
-GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(MemoryTester);
-
-TEST_P(MemoryTester, StreamedEqualsResidentBitForBit) {
-  auto resident = GetParam().load();
-  auto expected = GetParam().run(*resident);
-  const uint64_t bytes = weights::total_bytes(weights::collect_slots(*resident));
-  int tried = 0;
-  for (auto type : {hooks::OffloadType::leaf_level, hooks::OffloadType::block_level}) {
-    for (uint64_t budget : {bytes / 2, bytes, 4 * bytes + (1 << 20)}) {
-      for (bool gather : {true, false}) {
-        auto model = GetParam().load();
-        auto shared = engine(budget, 64 << 10);
-        std::shared_ptr<hooks::GroupOffloading> offloading;
-        try {
-          offloading =
-              hooks::apply_group_offloading(*model, model->binding(), shared,
-                                            {.offload_type = type, .gather_embeddings = gather});
-        } catch (const BudgetError&) {
-          continue;  // one block, or the rest, is larger than this budget
-        }
-        ++tried;
-        for (int pass = 0; pass < 3; ++pass) expect_equal(GetParam().run(*model), expected);
-        EXPECT_LE(shared->report().peak_bytes, budget);
-      }
     }
   }
-  EXPECT_GT(tried, 4);
-}
-
-TEST_P(MemoryTester, ParametersKeepTheirIdentity) {
-  auto model = GetParam().load();
-  std::vector<const c10::TensorImpl*> before;
-  for (const at::Tensor& tensor : model->parameters())
-    before.push_back(tensor.unsafeGetTensorImpl());
-  auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
-  GetParam().run(*model);
-  std::vector<const c10::TensorImpl*> after;
-  for (const at::Tensor& tensor : model->parameters())
-    after.push_back(tensor.unsafeGetTensorImpl());
-  EXPECT_EQ(after, before);
-}
-
-TEST_P(MemoryTester, UnleasedSlotsAreLoud) {
-  auto model = GetParam().load();
-  auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
-  GetParam().run(*model);
-  offloading->client().unload();
-  for (const weights::Slot& slot : weights::collect_slots(*model)) {
-    EXPECT_TRUE(weights::is_stub(slot.tensor)) << slot.name();
-  }
-}
-
-TEST_P(MemoryTester, SavingWhileOffloadedSavesTheWeights) {
-  auto resident = GetParam().load();
-  auto expected = GetParam().run(*resident);
-  auto model = GetParam().load();
-  auto offloading = hooks::apply_group_offloading(*model, model->binding(), engine(1 << 30));
-  GetParam().run(*model);
-  TemporaryFolder folder;
-  model->save_pretrained(folder.path());
-  auto loaded = models::load_model(folder.path());
-  expect_equal(GetParam().run(*loaded), expected);
 }
 
 // ---- AttentionTester: backends, processors and fused projections agree ----
