@@ -272,11 +272,18 @@ void DiffusionPipeline::to(at::Device device) {
 }
 
 void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> engine,
-                                             const hooks::GroupOffloadingConfig& config) {
+                                             const hooks::GroupOffloadingConfig& config,
+                                             const std::vector<std::string>& exclude_modules) {
+  for (const std::string& name : exclude_modules) model(name);  // throws if there is none
   disable_group_offload();
   try {
     for (const auto& [name, component] : components_) {
       if (!component.model || !component.model->binding()) continue;
+      if (std::find(exclude_modules.begin(), exclude_modules.end(), name) !=
+          exclude_modules.end()) {
+        component.model->to(engine->options().device);
+        continue;
+      }
       hooks::GroupOffloadingConfig own = config;
       own.wrap_around = config.wrap_around && runs_every_step(name);
       for (const std::string& unused : unused_modules(name)) own.unused.push_back(unused);

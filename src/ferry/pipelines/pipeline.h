@@ -192,9 +192,11 @@ class DiffusionPipeline {
   void to(at::Device device);
 
   // Streams the weights of all models through one engine, which other pipelines may share. Throws
-  // BudgetError stating the least budget.
+  // BudgetError stating the least budget. Components in `exclude_modules` move to the engine's
+  // device and stay there, beside the budget; throws ArgumentError for one that there is not.
   void enable_group_offload(std::shared_ptr<offload::Engine> engine,
-                            const hooks::GroupOffloadingConfig& config = {});
+                            const hooks::GroupOffloadingConfig& config = {},
+                            const std::vector<std::string>& exclude_modules = {});
   void disable_group_offload();
   // The same with an engine of its own: all weights together take at most this.
   void set_memory_budget(uint64_t weights_memory_bytes);

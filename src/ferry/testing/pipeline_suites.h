@@ -103,9 +103,12 @@ TEST_P(PipelineTester, SavedAndLoadedGivesTheSame) {
   for (const auto& [name, component] : first->components()) {
     const auto& again = second->components().at(name);
     EXPECT_EQ(static_cast<bool>(again), static_cast<bool>(component)) << name;
-    if (component.model) EXPECT_EQ(again.model->config_json(), component.model->config_json());
-    if (component.scheduler)
+    if (component.model) {
+      EXPECT_EQ(again.model->config_json(), component.model->config_json());
+    }
+    if (component.scheduler) {
       EXPECT_EQ(again.scheduler->config_json(), component.scheduler->config_json());
+    }
   }
   EXPECT_TRUE(at::equal(latents(second), latents(first)));
 }
@@ -354,6 +357,41 @@ TEST_P(PipelineTester, StreamedEqualsResidentBitForBit) {
     }
   }
   EXPECT_GT(tried, 2) << "hardly a budget was enough";
+}
+
+TEST_P(PipelineTester, ModelAndSequentialCpuOffloadEqualResident) {
+  at::Tensor expected = latents(load());
+  auto pipeline = load();
+  auto peak = [&] {
+    for (int run = 0; run < 2; ++run) EXPECT_TRUE(at::equal(latents(pipeline), expected));
+    return pipeline->engine()->report().peak_bytes;
+  };
+  pipeline->enable_model_cpu_offload();
+  const uint64_t model = peak();
+  EXPECT_LE(model, pipeline->engine()->options().weights_memory_bytes);
+  pipeline->enable_sequential_cpu_offload();
+  EXPECT_LT(peak(), model);
+  EXPECT_GT(pipeline->engine()->report().misses, 0u) << "each layer when it is needed";
+  pipeline->disable_group_offload();
+  EXPECT_FALSE(pipeline->engine());
+  EXPECT_TRUE(at::equal(latents(pipeline), expected));
+}
+
+TEST_P(PipelineTester, ExcludedComponentsStayInMemory) {
+  at::Tensor expected = latents(load());
+  for (const std::string& excluded : model_names(load())) {
+    auto pipeline = load();
+    auto engine = std::make_shared<offload::Engine>(offload::EngineOptions{});
+    pipeline->enable_group_offload(engine, {}, {excluded});
+    EXPECT_TRUE(at::equal(latents(pipeline), expected)) << excluded;
+    for (const std::string& name : model_names(pipeline))
+      EXPECT_EQ(pipeline->model(name).weights_are_offloaded(), name != excluded) << name;
+  }
+  auto pipeline = load();
+  EXPECT_THROW(pipeline->enable_group_offload(
+                   std::make_shared<offload::Engine>(offload::EngineOptions{}), {}, {"nobody"}),
+               ArgumentError);
+  EXPECT_FALSE(pipeline->engine());
 }
 
 TEST_P(PipelineTester, TooSmallABudgetChangesNothing) {
