@@ -7,6 +7,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <numeric>
 #include <random>
 #include <thread>
 
@@ -314,6 +315,42 @@ TEST_F(EngineTest, ABudgetThatCannotWorkStatesTheLeast) {
     FAIL() << "accepted";
   } catch (const BudgetError& error) {
     EXPECT_THAT(error.what(), ::testing::HasSubstr("give at least"));
+  }
+}
+
+// What /proc/self/status says, in bytes; 0 where it does not.
+uint64_t process_memory(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with(field + ":")) return std::stoull(line.substr(field.size() + 1)) << 10;
+  }
+  return 0;
+}
+
+TEST_F(EngineTest, TheProcessGrowsByNoMoreThanThePlan) {
+  write(std::vector<int64_t>(16, 16384));  // 4 MiB each
+  std::vector<size_t> order(16);
+  std::iota(order.begin(), order.end(), 0);
+  constexpr uint64_t kAll = 68ull << 20;
+  constexpr uint64_t kLeast = 5ull << 20;
+  {  // what the first run leaves behind is none of the plan's
+    Engine engine(options(kLeast));
+    Client client(engine, "model", groups());
+    run_pass(client, order);
+  }
+  for (uint64_t i = 0; i < 20; ++i) {
+    const uint64_t budget = kLeast + i * (kAll - kLeast) / 19;
+    std::ofstream("/proc/self/clear_refs") << "5";  // the peak starts anew
+    const uint64_t before = process_memory("VmRSS");
+    if (before == 0 || process_memory("VmHWM") > before + (4 << 20))
+      GTEST_SKIP() << "the peak of this process cannot be measured here";
+    Engine engine(options(budget));
+    Client client(engine, "model", groups());
+    for (int pass = 0; pass < 2; ++pass) run_pass(client, order);
+    const uint64_t slack = std::max<uint64_t>(budget / 20, 16 << 20);
+    EXPECT_LE(process_memory("VmHWM"), before + client.plan().peak_bytes() + slack)
+        << "under " << budget;
+    EXPECT_LE(client.plan().peak_bytes(), budget);
   }
 }
 
