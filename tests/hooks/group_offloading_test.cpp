@@ -306,6 +306,31 @@ TEST_P(GroupOffloadingTest, GradientsEqualThoseOfResidentWeights) {
   }
 }
 
+// Weights may go between a forward and its backward, also those that no block holds.
+TEST_P(GroupOffloadingTest, AGraphOutlivesTheWeightsOfItsForward) {
+  auto gradients = [&](nn::Ptr<Net>& net, const std::function<void()>& between) {
+    for (at::Tensor& parameter : net->parameters()) parameter.requires_grad_();
+    at::Tensor loss = net->run(ids_, {0, 1, 2, 3, 4}).square().sum();
+    between();
+    loss.backward();
+    std::vector<at::Tensor> result;
+    for (const at::Tensor& parameter : net->parameters())
+      result.push_back(parameter.grad().clone());
+    return result;
+  };
+  auto resident = this->resident();
+  const std::vector<at::Tensor> expected = gradients(resident, [] {});
+  for (auto type : {OffloadType::leaf_level, OffloadType::block_level}) {
+    auto [net, binding] = load();
+    auto offloading = apply_group_offloading(*net, binding, engine(120 << 10),
+                                             {.offload_type = type, .gather_embeddings = false});
+    auto streamed = net;
+    const std::vector<at::Tensor> got = gradients(streamed, [&] { offloading->client().unload(); });
+    for (size_t i = 0; i < expected.size(); ++i)
+      EXPECT_TRUE(got[i].equal(expected[i])) << net->named_parameters()[i].key();
+  }
+}
+
 TEST_P(GroupOffloadingTest, GradientsOfTheInputAlone) {
   auto block_gradient = [&](nn::Module& root) {
     auto list = std::dynamic_pointer_cast<nn::ModuleList<Block>>(root.named_children()["blocks"]);
