@@ -6,4 +6,7 @@ ferry=$1
 build=$(dirname "$(dirname "$(dirname "$ferry")")")
 [ -x tools/parity/.venv/bin/python ] || tools/parity/setup.sh
 "$build/bench/io/bench_io"
+"$build/bench/overlap/bench_overlap"
 tools/parity/.venv/bin/python bench/end_to_end/run.py --ferry "$ferry" --limit "$build/bench/end_to_end/bench_limit"
+# Writes 12 GB.
+tools/parity/.venv/bin/python bench/end_to_end/pipeline.py --ferry "$ferry"

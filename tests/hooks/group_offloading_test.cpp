@@ -207,20 +207,22 @@ TEST_P(GroupOffloadingTest, LockstepReadsEachGroupOnceForAllPasses) {
         apply_group_offloading(*net, binding, engine(100 << 10), {.offload_type = type});
     for (int pass = 0; pass < 2; ++pass) net(ids_, false);
     auto bytes = [&] { return offloading->engine()->report().bytes_read; };
+    constexpr int kSteps = 3;
     const uint64_t before = bytes();
-    net(ids_, false);
-    // A group or two more or less may be on their way at the end of a pass.
-    const uint64_t one_pass = bytes() - before + (88 << 10);
+    for (int step = 0; step < kSteps; ++step) net(ids_, false);
+    // Twice as much would be one after the other. What fits the arena may be on its way at either
+    // end.
+    const uint64_t once = bytes() - before + (160 << 10);
     for (LockstepTurn turn : {LockstepTurn::group, LockstepTurn::block}) {
-      for (int step = 0; step < 3; ++step) {
-        const uint64_t begin = bytes();
+      const uint64_t begin = bytes();
+      for (int step = 0; step < kSteps; ++step) {
         at::Tensor a, b;
         run_lockstep({offloading.get()},
                      {[&] { a = net(ids_, false); }, [&] { b = net(other_ids, false); }}, turn);
         EXPECT_TRUE(a.equal(expected_));
         EXPECT_TRUE(b.equal(expected_other));
-        EXPECT_LE(bytes() - begin, one_pass) << "step " << step;
       }
+      EXPECT_LE(bytes() - begin, once);
     }
     // A pass that leaves layers out costs some of the saving, no more.
     at::Tensor a, b, c;
