@@ -464,11 +464,11 @@ Candidate Search::best() {
     uint32_t random = 2463534242u;
     for (size_t i = 0; i < improved; ++i) improve(starts[i], share, random);
     const bool few = is_few();
-    if (few) polish(best_);
-    // With few groups the best plan can lie far from the best start: a larger arena and hardly a
-    // resident, or packs and the staging that comes with them.
-    for (const Candidate& candidate : starts) {
-      if (few) polish(candidate);
+    if (few) {
+      polish(best_);
+      // The best plan can lie far from the best start: a larger arena and hardly a resident, or
+      // packs and the staging that comes with them.
+      for (const Candidate& candidate : starts) polish(candidate);
     }
     // Then from the best of them after a few blind changes, which leads out of what no single
     // change can leave.

@@ -53,13 +53,13 @@ class Search {
   bool mutate(Candidate& candidate, uint32_t& random, const std::vector<double>& stalls) const;
   double lower_bound() const;
   bool good_enough() const;
+  bool is_few() const;
 
   const std::vector<GroupCost>& groups_;
   const PlanOptions& options_;
   Simulator simulator_;
   std::vector<size_t> movable_;  // groups that need not stay
   double lower_bound_ = 0;
-  bool is_few() const;
   std::vector<Candidate> starts_;  // by score
   Candidate best_;
   int evaluations_left_ = 0;

@@ -63,19 +63,6 @@ uint64_t largest_block(const models::Model& model) {
   return largest;
 }
 
-models::Workload workload_of(const models::Model& model, const GenerationSize& size,
-                             at::Device device) {
-  models::Workload workload;
-  workload.vae_scale_factor = size.vae_scale_factor;
-  if (size.height > 0) workload.height = size.height;
-  if (size.width > 0) workload.width = size.width;
-  workload.batch = size.batch;
-  workload.text_tokens = size.text_tokens;
-  workload.dtype = model.dtype();
-  workload.on_cpu = device.is_cpu();
-  return workload;
-}
-
 Ways ways_of_autoencoder(const models::Model& model, models::Workload workload, uint64_t least) {
   Ways ways;
   ways.add({.activation_bytes = models::activation_bytes(model, workload), .weights_bytes = least});
@@ -142,6 +129,19 @@ std::vector<Ways> ways_of(const DiffusionPipeline& pipeline, const GenerationSiz
 }
 
 }  // namespace
+
+models::Workload workload_of(const models::Model& model, const GenerationSize& size,
+                             at::Device device) {
+  models::Workload workload;
+  workload.vae_scale_factor = size.vae_scale_factor;
+  if (size.height > 0) workload.height = size.height;
+  if (size.width > 0) workload.width = size.width;
+  workload.batch = size.batch;
+  workload.text_tokens = size.text_tokens;
+  workload.dtype = model.dtype();
+  workload.on_cpu = device.is_cpu();
+  return workload;
+}
 
 GenerationSize generation_size(const DiffusionPipeline& pipeline,
                                const TextToImageArguments& arguments) {

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "ferry/models/costs.h"
 #include "ferry/pipelines/pipeline.h"
 
 namespace ferry::pipelines {
@@ -24,6 +25,10 @@ struct GenerationSize {
 // Of a call with these arguments.
 GenerationSize generation_size(const DiffusionPipeline& pipeline,
                                const TextToImageArguments& arguments);
+
+// One run of the model for a generation of this size, without true CFG and tiles.
+models::Workload workload_of(const models::Model& model, const GenerationSize& size,
+                             at::Device device);
 
 struct MemorySplit {
   uint64_t total_bytes = 0;

@@ -26,16 +26,10 @@ std::string fingerprint(const models::Model& model) {
          io::checksum_text(io::checksum(std::as_bytes(std::span(text.data(), text.size()))));
 }
 
-// What a run of the component computes.
-models::Workload workload_of(const models::Model& model, const GenerationSize& size,
-                             at::Device device) {
-  models::Workload workload;
-  if (size.width > 0) workload.width = size.width;
-  if (size.height > 0) workload.height = size.height;
-  workload.text_tokens = size.text_tokens;
-  workload.vae_scale_factor = size.vae_scale_factor;
-  workload.dtype = model.dtype();
-  workload.on_cpu = device.is_cpu();
+// What all runs of the component in a step compute together.
+models::Workload step_workload_of(const models::Model& model, const GenerationSize& size,
+                                  at::Device device) {
+  models::Workload workload = workload_of(model, size, device);
   const auto* vae = dynamic_cast<const models::AutoencoderMixin*>(&model);
   const bool denoises = runs_every_step(model);
   workload.batch = denoises || vae ? size.batch : size.prompts;
@@ -122,7 +116,7 @@ TimeEstimate estimate_time(const DiffusionPipeline& pipeline, const GenerationSi
   estimate.steps = steps.value_or(pipeline.default_num_inference_steps());
   for (const auto& [name, component] : pipeline.components()) {
     if (!component.model || !runs_every_step(*component.model)) continue;
-    const models::Workload workload = workload_of(*component.model, size, device);
+    const models::Workload workload = step_workload_of(*component.model, size, device);
     const auto measured = measurements.find(key_of(*component.model, workload, device));
     double rate = measured ? measured->read_bytes_per_s : 0;
     if (const auto limit = static_cast<double>(rate_limit_bytes_per_s); limit > 0)
@@ -166,7 +160,7 @@ void remember_times(const DiffusionPipeline& pipeline, const GenerationSize& siz
   const double rate = engine && !limited ? engine->report().read_bytes_per_s : 0;
   for (const auto& [name, time] : pipeline.compute_times()) {
     const std::shared_ptr<models::Model>& model = pipeline.components().at(name).model;
-    const models::Workload workload = workload_of(*model, size, device);
+    const models::Workload workload = step_workload_of(*model, size, device);
     offload::Measurement measurement;
     measurement.read_bytes_per_s = rate;
     const PlannedComponent component =
