@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "ferry/models/autoencoders/autoencoder_kl.h"
 #include "ferry/models/text_encoders/clip_text_model.h"
@@ -217,12 +218,22 @@ uint64_t to_bytes(double values, const Workload& workload) {
 
 std::map<std::string, double> layer_flops(const Model& model, const Workload& workload) {
   std::map<std::string, double> flops;
+  std::set<std::string> quantized;
+  for (const auto& entry : model.named_modules()) {
+    const auto* linear = dynamic_cast<const nn::Linear*>(entry.value().get());
+    if (!linear || !linear->quantized_weight()) continue;
+    quantized.insert(entry.key());
+    const LayerLoad load = load_of(model, entry.key(), workload);
+    flops[entry.key()] =
+        2.0 * load.rows * static_cast<double>(linear->in_features() * linear->out_features()) +
+        load.attention_flops;
+  }
   for (const weights::Slot& slot : weights::collect_slots(model)) {
     const size_t dot = slot.name().rfind('.');
     const std::string layer = dot == std::string::npos ? "" : slot.name().substr(0, dot);
-    if (slot.shape().size() < 2 || contains(layer, "embed_tokens") || layer == "shared" ||
-        contains(layer, "position_embedding") || contains(layer, "token_embedding") ||
-        contains(layer, "relative_attention_bias"))
+    if (slot.shape().size() < 2 || quantized.contains(layer) || contains(layer, "embed_tokens") ||
+        layer == "shared" || contains(layer, "position_embedding") ||
+        contains(layer, "token_embedding") || contains(layer, "relative_attention_bias"))
       continue;  // vectors cost next to nothing, tables are looked up
     const LayerLoad load = load_of(model, layer, workload);
     flops[layer] +=

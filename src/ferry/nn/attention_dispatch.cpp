@@ -266,6 +266,12 @@ Ptr<Linear> AttentionModule::fuse_linears(const std::vector<Ptr<Linear>>& parts)
   bool with_bias = parts.front()->bias.defined();
   std::vector<at::Tensor> weights, biases;
   for (const auto& part : parts) {
+    if (part->quantized_weight()) {
+      throw_error<ArgumentError>(
+          "fuse_projections: got weights stored as {}, expected plain ones: quantized projections "
+          "stay apart",
+          part->quantized_weight()->scheme());
+    }
     if (weights::is_stub(part->weight)) {
       throw_error<ArgumentError>(
           "fuse_projections: the weights are not loaded; call load_weights() first, and fuse "

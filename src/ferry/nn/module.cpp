@@ -27,15 +27,13 @@ std::shared_ptr<ModuleHook> Module::find_hook(const std::string& name) const {
   return nullptr;
 }
 
-namespace {
-
 // Replaces the data of every own tensor; children go through their own virtual to().
-void convert_own_tensors(torch::nn::Module& module, std::optional<at::Device> device,
-                         std::optional<at::ScalarType> dtype, bool non_blocking) {
-  auto convert = [&](at::Tensor& tensor) {
+void Module::convert_own_tensors(std::optional<at::Device> device,
+                                 std::optional<at::ScalarType> dtype, bool non_blocking) {
+  auto convert = [&](const std::string& name, at::Tensor& tensor) {
     if (!tensor.defined()) return;
-    at::ScalarType to_dtype =
-        dtype && at::isFloatingType(tensor.scalar_type()) ? *dtype : tensor.scalar_type();
+    bool casts = dtype && at::isFloatingType(tensor.scalar_type()) && !keeps_dtype(name);
+    at::ScalarType to_dtype = casts ? *dtype : tensor.scalar_type();
     at::Device to_device = device.value_or(tensor.device());
     if (weights::is_stub(tensor)) {
       tensor.set_data(weights::make_stub(tensor.sizes(), to_dtype, to_device));
@@ -43,11 +41,9 @@ void convert_own_tensors(torch::nn::Module& module, std::optional<at::Device> de
       tensor.set_data(tensor.to(to_device, to_dtype, non_blocking));
     }
   };
-  for (auto& entry : module.named_parameters(/*recurse=*/false)) convert(entry.value());
-  for (auto& entry : module.named_buffers(/*recurse=*/false)) convert(entry.value());
+  for (auto& entry : named_parameters(/*recurse=*/false)) convert(entry.key(), entry.value());
+  for (auto& entry : named_buffers(/*recurse=*/false)) convert(entry.key(), entry.value());
 }
-
-}  // namespace
 
 bool Module::weights_are_offloaded() const {
   return std::any_of(hooks_.begin(), hooks_.end(),
@@ -81,19 +77,19 @@ void Module::check_may_move() const {
 void Module::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
   check_may_move();
   for (auto& child : children()) child->to(device, dtype, non_blocking);
-  convert_own_tensors(*this, device, dtype, non_blocking);
+  convert_own_tensors(device, dtype, non_blocking);
 }
 
 void Module::to(torch::Dtype dtype, bool non_blocking) {
   check_may_move();
   for (auto& child : children()) child->to(dtype, non_blocking);
-  convert_own_tensors(*this, std::nullopt, dtype, non_blocking);
+  convert_own_tensors(std::nullopt, dtype, non_blocking);
 }
 
 void Module::to(torch::Device device, bool non_blocking) {
   check_may_move();
   for (auto& child : children()) child->to(device, non_blocking);
-  convert_own_tensors(*this, device, std::nullopt, non_blocking);
+  convert_own_tensors(device, std::nullopt, non_blocking);
 }
 
 at::Tensor Module::stub_parameter(const std::string& name, at::IntArrayRef shape) {

@@ -86,8 +86,13 @@ class Module : public torch::nn::Module {
   at::Tensor stub_buffer(const std::string& name, at::IntArrayRef shape,
                          at::ScalarType dtype = at::kFloat);
 
+  // Whether to(dtype) leaves an own tensor alone: it is not the values that it holds.
+  virtual bool keeps_dtype(const std::string& tensor) const { return false; }
+
  private:
   class HookScope;
+  void convert_own_tensors(std::optional<at::Device> device, std::optional<at::ScalarType> dtype,
+                           bool non_blocking);
   template <class Body>
   std::invoke_result_t<Body&> call_hooked(Body& body);
   bool wants_retry(int failures);

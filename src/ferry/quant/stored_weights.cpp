@@ -1,0 +1,20 @@
+#include "ferry/quant/stored_weights.h"
+
+namespace ferry::quant {
+
+const std::vector<Format>& formats() {
+  static const std::vector<Format> all = {};
+  return all;
+}
+
+StoredWeights read_weights(const weights::Checkpoint& checkpoint,
+                           const nlohmann::ordered_json& config) {
+  StoredWeights weights;
+  weights.plain = checkpoint.tensors();
+  for (const Format& format : formats()) {
+    if (format.read(checkpoint, config, weights)) break;
+  }
+  return weights;
+}
+
+}  // namespace ferry::quant
