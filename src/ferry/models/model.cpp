@@ -13,6 +13,7 @@
 #include "ferry/io/read_engine.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/models/config.h"
+#include "ferry/models/stored_binding.h"
 #include "ferry/nn/attention_dispatch.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/lossless_pack.h"
@@ -348,7 +349,13 @@ std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const Loa
   bind_options.may_be_missing = [&](const std::string& slot) {
     return traits.tied_keys.contains(slot);
   };
-  auto binding = weights::bind(*model, checkpoint, bind_options);
+  const auto quantization = config.find("quantization_config");
+  quant::StoredWeights stored = quant::read_weights(
+      *checkpoint, quantization == config.end() ? nlohmann::ordered_json() : *quantization);
+  auto binding = stored.quantized.empty()
+                     ? weights::bind(*model, checkpoint, bind_options)
+                     : bind_stored(*model, std::move(stored), checkpoint->metadata(),
+                                   checkpoint->files(), bind_options);
   if (options.use_packs && options.pack.empty()) offer_cached_pack(*binding, folder);
   model->set_binding(std::move(binding));
   model->eval();

@@ -100,7 +100,10 @@ std::shared_ptr<Binding> bind(const torch::nn::Module& root,
 void offer_pack(Binding& binding, const Checkpoint& pack) {
   for (BoundSlot& bound : binding.slots) {
     const StoredTensor* stored = pack.find(bound.source.key);
-    if (stored && stored->encoding) bound.packed = *stored;
+    if (stored && stored->encoding && stored->shape == bound.source.shape &&
+        stored->dtype == bound.source.dtype && !bound.source.encoding) {
+      bound.packed = *stored;
+    }
   }
 }
 
