@@ -26,8 +26,9 @@ inline std::map<std::string, at::Tensor> read_fixture_tensors(const std::string&
   uint64_t length = 0;
   std::memcpy(&length, bytes.data(), 8);
   static const std::map<std::string, at::ScalarType> dtypes = {
-      {"F32", at::kFloat}, {"F64", at::kDouble}, {"BF16", at::kBFloat16}, {"F16", at::kHalf},
-      {"I64", at::kLong},  {"I32", at::kInt},    {"U8", at::kByte},       {"BOOL", at::kBool}};
+      {"F32", at::kFloat}, {"F64", at::kDouble}, {"BF16", at::kBFloat16},
+      {"F16", at::kHalf},  {"I64", at::kLong},   {"I32", at::kInt},
+      {"I8", at::kChar},   {"U8", at::kByte},    {"BOOL", at::kBool}};
   std::map<std::string, at::Tensor> tensors;
   const nlohmann::json header = nlohmann::json::parse(bytes.substr(8, length));
   for (const auto& [name, entry] : header.items()) {
