@@ -13,7 +13,6 @@
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
-#include "ferry/models/packing.h"
 #include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
@@ -22,6 +21,7 @@
 #include "ferry/tensor/device.h"
 #include "ferry/weights/lossless_pack.h"
 #include "measure.h"
+#include "packing_bar.h"
 #include "tensor_file.h"
 
 namespace ferry::cli {
@@ -217,13 +217,9 @@ void offer_packs(pipelines::DiffusionPipeline& pipeline, uint64_t space_bytes,
                   format_bytes(packed), format_bytes(space_bytes));
         continue;
       }
-      weights::PackOptions pack_options = models::pack_options(*component.model);
-      pack_options.stop = context.stop;
-      ProgressBar bar(fmt::format("packing {}, MB", name), bytes / 1'000'000,
-                      {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
-      pack_options.progress = [&](uint64_t done) { bar.set(done / 1'000'000); };
-      pack = weights::make_cached_pack(cache, *binding.checkpoint, pack_options);
-      bar.finish();
+      PackingBar packing("packing " + name, *component.model, context);
+      pack = weights::make_cached_pack(cache, *binding.checkpoint, packing.options());
+      packing.bar().finish();
     }
     weights::offer_pack(binding, *pack);
   }

@@ -9,7 +9,7 @@
 #include "ferry/base/system_info.h"
 #include "ferry/base/units.h"
 #include "ferry/io/json_file.h"
-#include "ferry/models/packing.h"
+#include "packing_bar.h"
 
 namespace ferry::cli {
 namespace {
@@ -83,11 +83,7 @@ nlohmann::ordered_json pack_component(const ComponentFolder& component,
       models::load_model(component.folder, {.variant = options.variant}, component.class_name);
   const weights::Checkpoint& source = *model->binding()->checkpoint;
   const std::string label = component.name.empty() ? model->class_name() : component.name;
-  weights::PackOptions pack_options = models::pack_options(*model);
-  pack_options.stop = context.stop;
-  ProgressBar bar(label + ", MB", source.total_bytes() / 1'000'000,
-                  {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
-  pack_options.progress = [&](uint64_t bytes) { bar.set(bytes / 1'000'000); };
+  PackingBar packing(label, *model, context);
 
   const auto begin = Clock::now();
   std::shared_ptr<const weights::Checkpoint> pack;
@@ -96,21 +92,19 @@ nlohmann::ordered_json pack_component(const ComponentFolder& component,
     weights::PackCache cache;
     pack = weights::find_cached_pack(cache, source);
     was_there = pack != nullptr;
-    if (!pack) pack = weights::make_cached_pack(cache, source, pack_options);
+    if (!pack) pack = weights::make_cached_pack(cache, source, packing.options());
   } else {
     fs::path file = options.out;
     if (!component.name.empty()) {
       fs::create_directories(file);
       file /= component.name + ".pack";
     }
-    weights::write_lossless_pack(source, file, pack_options);
+    weights::write_lossless_pack(source, file, packing.options());
     pack = weights::open_pack(file, &source);
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-  if (was_there) {
-    bar.set_note("in the cache already");
-  }
-  bar.finish();
+  if (was_there) packing.bar().set_note("in the cache already");
+  packing.bar().finish();
   if (options.verify) compare(*pack, source, context);
 
   const io::File& file = *pack->files().front();

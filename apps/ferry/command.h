@@ -40,6 +40,7 @@ Command add_generate(CLI::App& app);
 Command add_inspect(CLI::App& app);
 Command add_plan(CLI::App& app);
 Command add_pack(CLI::App& app);
+Command add_quantize(CLI::App& app);
 Command add_random(CLI::App& app);
 Command add_schedule(CLI::App& app);
 Command add_tokenize(CLI::App& app);

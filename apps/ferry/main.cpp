@@ -95,9 +95,10 @@ int main(int argc, char** argv) {
       ->type_name("LEVEL");
   app.add_flag("-q,--quiet", context.quiet, "no progress, no log but errors");
 
-  std::vector<Command> commands = {
-      add_generate(app), add_inspect(app), add_forward(app), add_schedule(app), add_tokenize(app),
-      add_random(app),   add_plan(app),    add_pack(app),    add_cache(app),    add_doctor(app)};
+  std::vector<Command> commands = {add_generate(app), add_inspect(app),  add_forward(app),
+                                   add_schedule(app), add_tokenize(app), add_quantize(app),
+                                   add_random(app),   add_plan(app),     add_pack(app),
+                                   add_cache(app),    add_doctor(app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -42,17 +42,23 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> bytes, uin
 SafetensorsHeader read_safetensors_header(const File& file);
 
 // Writes one safetensors file as a stream: the header first, then each tensor's bytes in the order
-// given. Written to a temporary name beside `path`, fsynced and renamed by finish(); the destructor
-// of an unfinished writer removes the temporary file.
+// given.
 class SafetensorsWriter {
  public:
+  // Receives a file's bytes in order.
+  using Sink = std::function<void(std::span<const std::byte>)>;
   struct Entry {
     std::string name;
     Dtype dtype;
     std::vector<int64_t> shape;
   };
-  // Throws IoError, ArgumentError (duplicate names).
+  // Written to a temporary name beside `path`, fsynced and renamed by finish(); the destructor of
+  // an unfinished writer removes the temporary file. Throws IoError, ArgumentError (duplicate
+  // names).
   SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
+                    const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+  // To whoever keeps the bytes; `where` names that place in errors.
+  SafetensorsWriter(Sink sink, const std::string& where, std::vector<Entry> entries,
                     const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;

@@ -1,6 +1,7 @@
 #include <fmt/ranges.h>
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <unordered_set>
 
 #include "ferry/base/error.h"
@@ -65,23 +66,45 @@ std::string make_header(const std::vector<Entry>& entries,
   return text;
 }
 
+// The file's first bytes: the header's length and the header.
+std::string begin_of(const std::vector<Entry>& entries,
+                     const std::map<std::string, std::string>& metadata, const std::string& where,
+                     uint64_t& data_bytes) {
+  const std::string text = make_header(entries, metadata, where, data_bytes);
+  std::string begin;
+  for (int i = 0; i < 8; ++i) begin += static_cast<char>(text.size() >> (8 * i) & 0xff);
+  return begin + text;
+}
+
 }  // namespace
 
 struct SafetensorsWriter::State {
-  AtomicFile file;
-  uint64_t data_bytes;
+  std::optional<AtomicFile> file;  // none where a sink keeps the bytes
+  Sink sink;
+  std::string where;
+  uint64_t data_bytes = 0;
   uint64_t written = 0;
 };
 
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<Entry> entries,
-                                     const std::map<std::string, std::string>& metadata) {
-  uint64_t data_bytes = 0;
-  std::string text = make_header(entries, metadata, path.string(), data_bytes);
-  std::string begin;
-  for (int i = 0; i < 8; ++i) begin += static_cast<char>(text.size() >> (8 * i) & 0xff);
-  begin += text;
-  state_.reset(new State{AtomicFile(path), data_bytes});
-  state_->file.write(std::as_bytes(std::span(begin)));
+                                     const std::map<std::string, std::string>& metadata)
+    : state_(std::make_unique<State>()) {
+  // Before the file is made: entries that are refused leave nothing behind.
+  const std::string begin = begin_of(entries, metadata, path.string(), state_->data_bytes);
+  AtomicFile& file = state_->file.emplace(path);
+  state_->where = file.path().string();
+  state_->sink = [&file](std::span<const std::byte> bytes) { file.write(bytes); };
+  state_->sink(std::as_bytes(std::span(begin)));
+}
+
+SafetensorsWriter::SafetensorsWriter(Sink sink, const std::string& where,
+                                     std::vector<Entry> entries,
+                                     const std::map<std::string, std::string>& metadata)
+    : state_(std::make_unique<State>()) {
+  state_->sink = std::move(sink);
+  state_->where = where;
+  const std::string begin = begin_of(entries, metadata, where, state_->data_bytes);
+  state_->sink(std::as_bytes(std::span(begin)));
 }
 
 SafetensorsWriter::~SafetensorsWriter() = default;
@@ -89,20 +112,19 @@ SafetensorsWriter::~SafetensorsWriter() = default;
 void SafetensorsWriter::write(std::span<const std::byte> bytes) {
   uint64_t left = state_->data_bytes - state_->written;
   if (bytes.size() > left) {
-    throw_error<ArgumentError>("{}: got {} bytes more, expected at most {} of {}",
-                               state_->file.path().string(), bytes.size(), left,
-                               state_->data_bytes);
+    throw_error<ArgumentError>("{}: got {} bytes more, expected at most {} of {}", state_->where,
+                               bytes.size(), left, state_->data_bytes);
   }
-  state_->file.write(bytes);
+  state_->sink(bytes);
   state_->written += bytes.size();
 }
 
 void SafetensorsWriter::finish() {
   if (state_->written != state_->data_bytes) {
-    throw_error<ArgumentError>("{}: finished after {} bytes of data, expected {}",
-                               state_->file.path().string(), state_->written, state_->data_bytes);
+    throw_error<ArgumentError>("{}: finished after {} bytes of data, expected {}", state_->where,
+                               state_->written, state_->data_bytes);
   }
-  state_->file.commit();
+  if (state_->file) state_->file->commit();
 }
 
 }  // namespace ferry::io

@@ -15,6 +15,7 @@
 #include "ferry/models/config.h"
 #include "ferry/models/stored_binding.h"
 #include "ferry/nn/attention_dispatch.h"
+#include "ferry/nn/linear.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/lossless_pack.h"
 #include "ferry/weights/stub.h"
@@ -97,23 +98,118 @@ void offer_cached_pack(weights::Binding& binding, const std::filesystem::path& f
 
 // ---- save_pretrained ----
 
+// One tensor of a weights file: a slot under the key that its format gives it, or, without a slot,
+// the bytes that a format keeps beside its components.
+struct SavedTensor {
+  std::string key;
+  std::optional<weights::Slot> slot = {};
+  std::string bytes = {};
+
+  uint64_t size_bytes() const { return slot ? slot->size_bytes() : bytes.size(); }
+  io::SafetensorsWriter::Entry entry() const {
+    if (slot) return {key, tensor::from_torch(slot->dtype()), slot->shape().vec()};
+    return {key, io::Dtype::U8, {static_cast<int64_t>(bytes.size())}};
+  }
+};
+
+// What a model's weights files hold, in order.
+struct SavedWeights {
+  std::vector<SavedTensor> tensors;
+  std::map<std::string, std::string> metadata = {{"format", "pt"}};
+};
+
+// TorchAO wants every tensor's entry in the metadata of every file.
+void add_torchao_metadata(const std::map<std::string, nlohmann::ordered_json>& entries,
+                          const std::vector<std::string>& names, SavedWeights& saved) {
+  for (const std::string& name : names) {
+    auto entry = entries.find(name);
+    saved.metadata[name] = entry == entries.end()
+                               ? nlohmann::ordered_json{{"_type", "Tensor"}}.dump()
+                               : entry->second.dump();
+  }
+  saved.metadata["tensor_names"] = nlohmann::json(names).dump();
+}
+
+SavedWeights saved_weights(const Model& model) {
+  struct Place {
+    std::string parameter;
+    const nn::Linear* layer;
+    size_t component;
+  };
+  std::unordered_map<std::string, Place> components;  // by slot name
+  for (const auto& entry : model.named_modules()) {
+    const auto* layer = dynamic_cast<const nn::Linear*>(entry.value().get());
+    if (!layer || !layer->quantized_weight()) continue;
+    const quant::QuantizedWeight& weight = *layer->quantized_weight();
+    const std::string parameter = entry.key() + ".weight";
+    if (!weight.can_be_saved()) {
+      throw_error<ArgumentError>(
+          "{}: '{}' is stored as {}, which safetensors files do not hold; save the original file",
+          model.class_name(), parameter, weight.scheme());
+    }
+    for (size_t i = 0; i < weight.components().size(); ++i)
+      components.emplace(parameter + "_" + weight.components()[i].name, Place{parameter, layer, i});
+  }
+  SavedWeights saved;
+  std::vector<std::string> names;  // of parameters
+  std::map<std::string, nlohmann::ordered_json> torchao;
+  for (weights::Slot& slot : weights::collect_slots(model)) {
+    auto place = components.find(slot.name());
+    if (place == components.end()) {
+      names.push_back(slot.name());
+      saved.tensors.push_back({slot.name(), std::move(slot)});
+      continue;
+    }
+    const auto& [parameter, layer, index] = place->second;
+    const quant::QuantizedWeight& weight = *layer->quantized_weight();
+    saved.tensors.push_back(
+        {weight.stored_key(parameter, weight.components()[index]), std::move(slot)});
+    if (index > 0) continue;
+    names.push_back(parameter);
+    nlohmann::ordered_json entry = weight.torchao_metadata(model.dtype());
+    if (!entry.is_null()) torchao.emplace(parameter, std::move(entry));
+    for (auto& [key, bytes] : weight.stored_notes(parameter, model.dtype()))
+      saved.tensors.push_back({key, std::nullopt, std::move(bytes)});
+  }
+  if (!torchao.empty()) add_torchao_metadata(torchao, names, saved);
+  return saved;
+}
+
+void write_file(io::SafetensorsWriter& writer, const std::vector<SavedTensor>& tensors,
+                const WriteSlot& write) {
+  for (const SavedTensor& tensor : tensors) {
+    if (tensor.slot) {
+      write(*tensor.slot, writer);
+    } else {
+      writer.write(std::as_bytes(std::span(tensor.bytes)));
+    }
+  }
+  writer.finish();
+}
+
+std::vector<io::SafetensorsWriter::Entry> entries_of(const std::vector<SavedTensor>& tensors) {
+  std::vector<io::SafetensorsWriter::Entry> entries;
+  for (const SavedTensor& tensor : tensors) entries.push_back(tensor.entry());
+  return entries;
+}
+
 struct Shard {
   std::string file;
-  std::vector<weights::Slot> slots;
+  std::vector<SavedTensor> tensors;
 };
 
 // As huggingface_hub: in order, a new shard where the next tensor would not fit.
-std::vector<Shard> split_into_shards(const std::vector<weights::Slot>& slots, uint64_t max_bytes,
+std::vector<Shard> split_into_shards(const std::vector<SavedTensor>& tensors, uint64_t max_bytes,
                                      const std::string& stem) {
   std::vector<Shard> shards(1);
   uint64_t bytes = 0;
-  for (const weights::Slot& slot : slots) {
-    if (bytes > 0 && bytes + slot.size_bytes() > max_bytes) {
+  for (const SavedTensor& tensor : tensors) {
+    if (bytes > 0 && bytes + tensor.size_bytes() > max_bytes) {
       shards.emplace_back();
       bytes = 0;
     }
-    shards.back().slots.push_back(slot);
-    bytes += slot.size_bytes();
+    shards.back().tensors.push_back(tensor);
+    bytes += tensor.size_bytes();
   }
   for (size_t i = 0; i < shards.size(); ++i) {
     shards[i].file = shards.size() == 1 ? stem + ".safetensors"
@@ -283,22 +379,24 @@ size_t Model::save_pretrained_from(const WriteSlot& write, const std::filesystem
   std::string index =
       base + ".safetensors.index" + (variant.empty() ? "" : "." + variant) + ".json";
 
-  std::vector<weights::Slot> slots = weights::collect_slots(*this);
-  std::vector<Shard> shards = split_into_shards(slots, max_shard_size_bytes, stem);
+  const SavedWeights saved = saved_weights(*this);
+  std::vector<Shard> shards = split_into_shards(saved.tensors, max_shard_size_bytes, stem);
   nlohmann::json weight_map = nlohmann::json::object();
+  uint64_t total_bytes = 0;
   for (const Shard& shard : shards) {
-    std::vector<io::SafetensorsWriter::Entry> entries;
-    for (const weights::Slot& slot : shard.slots) {
-      entries.push_back({slot.name(), tensor::from_torch(slot.dtype()), slot.shape().vec()});
-      weight_map[slot.name()] = shard.file;
+    for (const SavedTensor& tensor : shard.tensors) {
+      weight_map[tensor.key] = shard.file;
+      total_bytes += tensor.size_bytes();
     }
-    io::SafetensorsWriter writer(folder / shard.file, std::move(entries));
-    for (const weights::Slot& slot : shard.slots) write(slot, writer);
-    writer.finish();
+    io::SafetensorsWriter writer(folder / shard.file, entries_of(shard.tensors), saved.metadata);
+    write_file(writer, shard.tensors, write);
   }
   if (shards.size() > 1) {
-    write_config(folder / index, {{"metadata", {{"total_size", weights::total_bytes(slots)}}},
-                                  {"weight_map", weight_map}});
+    nlohmann::ordered_json metadata = {{"total_size", total_bytes}};
+    for (const auto& [key, value] : saved.metadata) {
+      if (saved.metadata.contains("tensor_names")) metadata[key] = value;
+    }
+    write_config(folder / index, {{"metadata", metadata}, {"weight_map", weight_map}});
   }
   nlohmann::ordered_json config = config_json();
   if (library() == "transformers") {
@@ -310,6 +408,13 @@ size_t Model::save_pretrained_from(const WriteSlot& write, const std::filesystem
   write_config(folder / "config.json", config);
   for (const auto& path : stale_files(folder, stem, index, shards)) std::filesystem::remove(path);
   return shards.size();
+}
+
+void Model::write_safetensors(const WriteSlot& write, io::SafetensorsWriter::Sink sink,
+                              const std::string& where) {
+  const SavedWeights saved = saved_weights(*this);
+  io::SafetensorsWriter writer(std::move(sink), where, entries_of(saved.tensors), saved.metadata);
+  write_file(writer, saved.tensors, write);
 }
 
 std::shared_ptr<Model> make_model(const std::string& class_name,

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ferry/base/stop_token.h"
+#include "ferry/io/safetensors.h"
 #include "ferry/nn/module.h"
 #include "ferry/weights/binding.h"
 
@@ -112,6 +113,10 @@ class Model : public nn::Module {
   size_t save_pretrained_from(const WriteSlot& write, const std::filesystem::path& folder,
                               uint64_t max_shard_size_bytes = kMaxShardSizeBytes,
                               const std::string& variant = "");
+  // All weights as one safetensors file for whoever keeps its bytes; `where` names that place in
+  // errors.
+  void write_safetensors(const WriteSlot& write, io::SafetensorsWriter::Sink sink,
+                         const std::string& where);
   // "diffusion_pytorch_model" or "model": how the weights' file names begin.
   std::string weights_base() const;
 

@@ -7,9 +7,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "ferry/weights/checkpoint.h"
@@ -71,6 +73,22 @@ class QuantizedWeight {
   // gives each thread rows of its own. The default dequantizes the whole weight.
   virtual void dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                                at::ScalarType dtype, void* into) const;
+
+  // ---- how a file holds it ----
+
+  // The key of a component of `parameter` in a safetensors file. The default is TorchAO's spelling:
+  // "to_q._weight_scale" of "to_q.weight".
+  virtual std::string stored_key(const std::string& parameter, const Component& component) const;
+  // The weight's entry in a TorchAO file's metadata: {"_type", "_data", "_tensor_data_names"}; null
+  // for other formats. dtype: of the model that computes with it.
+  virtual nlohmann::ordered_json torchao_metadata(at::ScalarType dtype) const { return nullptr; }
+  // What a file holds of the weight beside its components: key and bytes (a tensor of uint8).
+  virtual std::vector<std::pair<std::string, std::string>> stored_notes(
+      const std::string& parameter, at::ScalarType dtype) const {
+    return {};
+  }
+  // Whether a safetensors file that other libraries read can hold it.
+  virtual bool can_be_saved() const { return !torchao_metadata(at::kBFloat16).is_null(); }
 
   // Rows `first` to `first + count` of a stored weight as one of their own, without reading. The
   // default cuts the components whose first dimension is the rows and shares those of one element.

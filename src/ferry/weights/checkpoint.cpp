@@ -53,8 +53,7 @@ uint64_t StoredTensor::plain_bytes() const {
   return bytes;
 }
 
-void Checkpoint::add_file(const fs::path& path) {
-  std::shared_ptr<const io::File> file = io::File::open(path);
+void Checkpoint::add_file(std::shared_ptr<const io::File> file) {
   io::SafetensorsHeader header = io::read_safetensors_header(*file);
   for (io::TensorInfo& info : header.tensors) {
     tensors_.push_back({std::move(info.name), info.dtype, std::move(info.shape), file, info.offset,
@@ -77,8 +76,12 @@ void Checkpoint::index_tensors() {
 }
 
 std::shared_ptr<const Checkpoint> Checkpoint::open_file(const fs::path& file) {
+  return open_file(io::File::open(file));
+}
+
+std::shared_ptr<const Checkpoint> Checkpoint::open_file(std::shared_ptr<const io::File> file) {
   auto checkpoint = std::make_shared<Checkpoint>();
-  checkpoint->add_file(file);
+  checkpoint->add_file(std::move(file));
   checkpoint->index_tensors();
   return checkpoint;
 }
@@ -120,7 +123,7 @@ std::shared_ptr<const Checkpoint> Checkpoint::open_folder(const fs::path& folder
       throw_error<IoError>("{}: shard {} is missing, which {} names; download the folder again",
                            folder.string(), shard, index.filename().string());
     }
-    checkpoint->add_file(folder / shard);
+    checkpoint->add_file(io::File::open(folder / shard));
   }
   checkpoint->index_tensors();
   for (const auto& [key, shard] : weight_map) {

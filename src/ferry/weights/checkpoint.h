@@ -39,6 +39,7 @@ class Checkpoint {
                                                        const std::string& base,
                                                        const std::string& variant = "");
   static std::shared_ptr<const Checkpoint> open_file(const std::filesystem::path& file);
+  static std::shared_ptr<const Checkpoint> open_file(std::shared_ptr<const io::File> file);
   // Of tensors that another format describes (lossless_pack.h). Throws FormatError for the same key
   // twice.
   static std::shared_ptr<const Checkpoint> of_tensors(
@@ -55,7 +56,7 @@ class Checkpoint {
   uint64_t total_bytes() const;
 
  private:
-  void add_file(const std::filesystem::path& path);
+  void add_file(std::shared_ptr<const io::File> file);
   void index_tensors();
   std::vector<StoredTensor> tensors_;
   std::unordered_map<std::string, size_t> by_key_;
