@@ -20,6 +20,7 @@
 #include "ferry/tensor/device.h"
 #include "ferry/tensor/dtype.h"
 #include "measure.h"
+#include "quantizing_bar.h"
 #include "tensor_file.h"
 
 namespace ferry::cli {
@@ -38,7 +39,7 @@ struct ForwardOptions {
   std::optional<uint64_t> weights_memory, host_memory, io_limit;
   std::optional<int> threads;
   int repeat = 1;
-  std::string pack;
+  std::string pack, quantize;
   bool cold = false, use_packs = false;
 };
 
@@ -117,9 +118,15 @@ int run_forward(const ForwardOptions& options, Context& context) {
   load.variant = options.variant;
   load.pack = options.pack;
   load.use_packs = options.use_packs;
+  QuantizingBar bar("quantizing, layers", context);
+  if (!options.quantize.empty()) {
+    load.quantize.emplace().scheme = options.quantize;
+    bar.attach(*load.quantize);
+  }
   auto start = Clock::now();
   std::shared_ptr<models::Model> model =
       models::load_model(options.folder, load, options.class_name);
+  bar.finish();
   std::set<std::shared_ptr<const io::File>> files;
   for (const weights::BoundSlot& bound : model->binding()->slots) {
     files.insert(bound.source.file);
@@ -289,6 +296,10 @@ Command add_forward(CLI::App& app) {
   command
       ->add_flag("--use-packs", options->use_packs, "read the weights' pack in the cache, if any")
       ->excludes(pack);
+  command
+      ->add_option("--quantize", options->quantize,
+                   "quantize as it is loaded, once, into the pack cache, e.g. int8wo")
+      ->type_name("SCHEME");
   add_rate(command, "--io-limit", options->io_limit, "read no faster than this, e.g. 500MB/s");
   return {command, [options](Context& context) { return run_forward(*options, context); }};
 }

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <list>
 
 #include "command.h"
 #include "ferry/base/error.h"
@@ -22,6 +23,7 @@
 #include "ferry/weights/lossless_pack.h"
 #include "measure.h"
 #include "packing_bar.h"
+#include "quantizing_bar.h"
 #include "tensor_file.h"
 
 namespace ferry::cli {
@@ -32,7 +34,7 @@ using Clock = std::chrono::steady_clock;
 
 struct GenerateOptions {
   std::string model, output, latents, output_type = "image", dtype, device, variant, stats, trace;
-  std::string embeds, save_embeds;
+  std::string embeds, save_embeds, quantize;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
   PictureOptions picture;  // all but the prompts, which may be several here
   std::optional<uint64_t> weights_memory, host_memory, reserve, pack_space, io_limit;
@@ -286,9 +288,14 @@ int run_generate(const GenerateOptions& options, Context& context) {
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
   load.variant = options.variant;
   load.use_packs = options.use_packs;
+  load.quantize = pipelines::parse_quantize(options.quantize);
+  std::list<QuantizingBar> bars;
+  for (auto& [name, quantize] : load.quantize)
+    bars.emplace_back("quantizing " + name + ", layers", context).attach(quantize);
   // Without texts the encoders are not even opened.
   load.without_text_encoders = arguments.prompt_embeds && !arguments.negative_prompt;
   auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
+  bars.clear();
   const pipelines::GenerationSize size = pipelines::generation_size(*pipeline, arguments);
   const offload::Measurements measurements(offload::Measurements::default_folder());
   set_memory(options, arguments, size, *pipeline, measurements,
@@ -488,6 +495,11 @@ Command add_generate(CLI::App& app) {
   add_bytes(command, "--pack-space", o->pack_space,
             "where the disk is the limit, keep lossless packs of up to this size in the cache and "
             "read those");
+  command
+      ->add_option("--quantize", o->quantize,
+                   "quantize as it is loaded, once, into the pack cache: int8wo, or "
+                   "transformer=int8wo,text_encoder_2=nf4")
+      ->type_name("SCHEME");
   add_rate(command, "--io-limit", o->io_limit, "read no faster than this, e.g. 500MB/s");
   command->add_option("--stats", o->stats, "write times, bytes and peak memory as JSON")
       ->type_name("FILE");

@@ -9,6 +9,7 @@
 #include "ferry/hooks/group_offloading.h"
 #include "ferry/models/config.h"
 #include "ferry/models/model.h"
+#include "ferry/nn/linear.h"
 #include "ferry/offload/engine.h"
 #include "ferry/pipelines/hub.h"
 #include "ferry/weights/checkpoint.h"
@@ -49,7 +50,12 @@ Json describe_checkpoint(const weights::Checkpoint& checkpoint, bool list_tensor
                       {"bytes", checkpoint.total_bytes()},
                       {"bytes_by_dtype", bytes_by_dtype},
                       {"files", files}};
-  if (!checkpoint.metadata().empty()) description["metadata"] = checkpoint.metadata();
+  // TorchAO's metadata has an entry a tensor, which describe_quantization() sums up.
+  Json metadata = Json::object();
+  for (const auto& [key, value] : checkpoint.metadata()) {
+    if (key.find('.') == std::string::npos && key != "tensor_names") metadata[key] = value;
+  }
+  if (!metadata.empty()) description["metadata"] = metadata;
   if (list_tensors) description["tensor_list"] = tensors;
   return description;
 }
@@ -104,6 +110,22 @@ Json describe_streaming(models::Model& model) {
            std::min<uint64_t>(total, small + 2 * largest.second + (64 << 20))}};
 }
 
+// Per scheme: how many layers, and their weights' bytes. Null where none is quantized.
+Json describe_quantization(const models::Model& model) {
+  std::map<std::string, std::pair<uint64_t, uint64_t>> schemes;
+  for (const auto& module : model.modules()) {
+    const auto* linear = dynamic_cast<const nn::Linear*>(module.get());
+    if (!linear || !linear->quantized_weight()) continue;
+    auto& [layers, bytes] = schemes[std::string(linear->quantized_weight()->scheme())];
+    ++layers;
+    bytes += linear->quantized_weight()->size_bytes();
+  }
+  Json description;
+  for (const auto& [scheme, entry] : schemes)
+    description[scheme] = {{"layers", entry.first}, {"bytes", entry.second}};
+  return description;
+}
+
 Json describe_component(const fs::path& folder, const InspectOptions& options,
                         const std::string& class_hint) {
   Json config = models::read_config(folder / "config.json");
@@ -137,6 +159,8 @@ Json describe_component(const fs::path& folder, const InspectOptions& options,
   if (known) {
     try {
       auto model = models::load_model(folder, {.variant = options.variant}, class_name);
+      if (Json quantized = describe_quantization(*model); !quantized.is_null())
+        description["quantized"] = quantized;
       description["streaming"] = describe_streaming(*model);
     } catch (const Error& error) {
       description["problem"] = error.what();
@@ -206,6 +230,12 @@ void print_weights(const Json& d, const char* indent) {
     fmt::print("{}{} parameters in {} tensors; {}; {} file{}\n", indent,
                count_text(d["parameters"]), d["tensors"].get<size_t>(), dtypes, d["files"].size(),
                d["files"].size() == 1 ? "" : "s");
+  }
+  if (d.contains("quantized")) {
+    for (const auto& [scheme, entry] : d["quantized"].items()) {
+      fmt::print("{}quantized: {} layers as {}, {}\n", indent, entry["layers"].get<size_t>(),
+                 scheme, format_bytes(entry["bytes"].get<uint64_t>()));
+    }
   }
   if (d.contains("streaming")) {
     const Json& s = d["streaming"];

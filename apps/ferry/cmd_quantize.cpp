@@ -4,10 +4,10 @@
 
 #include "command.h"
 #include "ferry/base/error.h"
-#include "ferry/base/progress.h"
 #include "ferry/base/system_info.h"
 #include "ferry/base/units.h"
 #include "ferry/models/quantizing.h"
+#include "quantizing_bar.h"
 
 namespace ferry::cli {
 namespace {
@@ -29,13 +29,10 @@ int run_quantize(const QuantizeCommandOptions& options, Context& context) {
     throw_error<ArgumentError>("--out {}: is the folder that is read; name another", options.out);
   }
   auto model = models::load_model(options.folder, {.variant = options.variant});
+  QuantizingBar bar("quantizing, layers", context);
   models::QuantizeOptions quantize = options.quantize;
-  quantize.stop = context.stop;
+  bar.attach(quantize);
   models::Quantizing quantizing(*model, quantize);
-
-  ProgressBar bar("quantizing, layers", quantizing.layer_count(),
-                  {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
-  quantizing.on_layer = [&](const models::QuantizedLayer&) { bar.advance(); };
   const auto begin = Clock::now();
   quantizing.target().save_pretrained_from(
       [&](const weights::Slot& slot, io::SafetensorsWriter& writer) {

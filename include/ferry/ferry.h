@@ -24,6 +24,9 @@ struct PipelineOptions {
   uint64_t reserve_bytes = 0;
   // "bf16", "fp32", "fp16", or for each component "transformer=bf16,vae=fp32". Empty: as stored.
   std::string dtype{};
+  // Quantize as the model is loaded, once, into the pack cache: "int8wo" (the transformer), or for
+  // each component "transformer=int8wo,text_encoder_2=nf4". docs/quantization.md lists the schemes.
+  std::string quantize{};
   // "cpu", "cuda", "cuda:1", or "auto": the first accelerator if there is one. Empty:
   // $FERRY_DEVICE, else the CPU.
   std::string device{};

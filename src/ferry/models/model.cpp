@@ -10,9 +10,12 @@
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
+#include "ferry/hooks/layerwise_casting.h"
 #include "ferry/io/read_engine.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/models/config.h"
+#include "ferry/models/name_parts.h"
+#include "ferry/models/quantizing.h"
 #include "ferry/models/stored_binding.h"
 #include "ferry/nn/attention_dispatch.h"
 #include "ferry/nn/linear.h"
@@ -39,24 +42,6 @@ class LoadHook : public nn::ModuleHook {
  private:
   const StopToken& stop_;
 };
-
-bool has_part(const std::string& name, const std::vector<std::string>& parts) {
-  size_t begin = 0;
-  while (begin <= name.size()) {
-    size_t end = std::min(name.find('.', begin), name.size());
-    if (std::find(parts.begin(), parts.end(), name.substr(begin, end - begin)) != parts.end())
-      return true;
-    begin = end + 1;
-  }
-  return false;
-}
-
-// diffusers keeps them in float32 for every dtype, transformers for float16 only.
-bool stays_float32(const Model& model, const Traits& traits, const std::string& slot,
-                   at::ScalarType wanted) {
-  if (model.library() == "transformers" && wanted != at::kHalf) return false;
-  return has_part(slot, traits.keep_in_fp32_modules);
-}
 
 std::string class_name_of(const nlohmann::ordered_json& config, const std::string& where) {
   if (auto it = config.find("_class_name"); it != config.end() && it->is_string()) return *it;
@@ -258,7 +243,8 @@ at::ScalarType Model::dtype() const {
   std::optional<at::ScalarType> any;
   for (const auto& entry : named_parameters()) {
     at::ScalarType type = entry.value().scalar_type();
-    if (!at::isFloatingType(type)) continue;
+    // A float8 is how a weight is stored (layerwise casting), nothing computes in it.
+    if (!at::isFloatingType(type) || at::isFloat8Type(type)) continue;
     if (!has_part(entry.key(), kept)) return type;
     any = type;
   }
@@ -336,6 +322,18 @@ void Model::set_attn_processor(const std::string& name) {
                                fmt::join(available, ", "));
   }
   for (const auto& [path, attention] : attention_modules()) attention->set_processor(name);
+}
+
+size_t Model::enable_layerwise_casting(at::ScalarType storage_dtype,
+                                       std::optional<std::vector<std::string>> skip) {
+  hooks::LayerwiseCastingConfig config{.storage_dtype = storage_dtype, .compute_dtype = dtype()};
+  if (skip) config.skip_modules_pattern = std::move(*skip);
+  const Traits own = traits();
+  for (const auto* patterns : {&own.keep_in_fp32_modules, &own.skip_layerwise_casting_patterns}) {
+    config.skip_modules_pattern.insert(config.skip_modules_pattern.end(), patterns->begin(),
+                                       patterns->end());
+  }
+  return hooks::apply_layerwise_casting(*this, config);
 }
 
 void Model::fuse_qkv_projections() {
@@ -442,27 +440,11 @@ std::shared_ptr<Model> load_model(const std::filesystem::path& folder, const Loa
   }
 
   auto checkpoint = open_weights(folder, model->weights_base(), options);
-  Traits traits = model->traits();
-  weights::BindOptions bind_options;
-  bind_options.map_key = [&](const std::string& key) { return model->map_key(key); };
-  if (options.dtype) {
-    bind_options.dtype = [&](const std::string& slot, at::ScalarType stored) {
-      if (!at::isFloatingType(stored)) return stored;
-      return stays_float32(*model, traits, slot, *options.dtype) ? at::kFloat : *options.dtype;
-    };
-  }
-  bind_options.may_be_missing = [&](const std::string& slot) {
-    return traits.tied_keys.contains(slot);
-  };
-  const auto quantization = config.find("quantization_config");
-  quant::StoredWeights stored = quant::read_weights(
-      *checkpoint, quantization == config.end() ? nlohmann::ordered_json() : *quantization);
-  auto binding = stored.quantized.empty()
-                     ? weights::bind(*model, checkpoint, bind_options)
-                     : bind_stored(*model, std::move(stored), checkpoint->metadata(),
-                                   checkpoint->files(), bind_options);
-  if (options.use_packs && options.pack.empty()) offer_cached_pack(*binding, folder);
+  auto binding = bind_checkpoint(*model, checkpoint, options.dtype);
   model->set_binding(std::move(binding));
+  if (options.quantize) model = quantize_through_cache(*model, *options.quantize, options.dtype);
+  if (options.use_packs && options.pack.empty() && !options.quantize)
+    offer_cached_pack(*model->binding(), folder);
   model->eval();
   if (options.load_now) model->load_weights();
   return model;

@@ -73,7 +73,7 @@ class Model : public nn::Module {
   // Checkpoint key -> parameter name; empty drops the key silently. The default keeps it.
   virtual std::string map_key(const std::string& checkpoint_key) const { return checkpoint_key; }
 
-  // dtype of the first floating-point parameter (diffusers' `dtype`).
+  // dtype of the first floating-point parameter (diffusers' `dtype`); float8 is no such.
   at::ScalarType dtype() const;
   at::Device device() const;
 
@@ -101,6 +101,12 @@ class Model : public nn::Module {
   // ArgumentError if the weights are not loaded.
   void fuse_qkv_projections();
   void unfuse_qkv_projections();
+
+  // Keeps weights in `storage_dtype` and computes in the dtype of the activations, as diffusers'
+  // method of this name (hooks/layerwise_casting.h). skip: patterns in place of diffusers' default
+  // ones; those that the model declares are skipped in any case. Returns how many layers were cast.
+  size_t enable_layerwise_casting(at::ScalarType storage_dtype = at::kFloat8_e4m3fn,
+                                  std::optional<std::vector<std::string>> skip = {});
 
   // Writes config.json and the weights, sharded above `max_shard_size_bytes`, so that Python reads
   // them back. Offloaded weights are read as they go. Files appear whole or not at all, config.json
@@ -134,6 +140,26 @@ class Model : public nn::Module {
   StopToken load_stop_;
 };
 
+// One layer, after it was quantized.
+struct QuantizedLayer {
+  std::string name;
+  uint64_t bytes_before = 0, bytes_after = 0;
+  // Signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - dequantized)^2).
+  double sqnr_db = 0;
+};
+
+// How to quantize a model that is not (quantizing.h).
+struct QuantizeOptions {
+  std::string scheme;      // quant/registry.h: "int8wo"
+  int64_t group_size = 0;  // 0: the scheme's
+  // Layers that stay as they are: a layer's dotted name, or dotted parts of it, as diffusers'
+  // modules_to_not_convert ("proj_out", "transformer_blocks.0.attn").
+  std::vector<std::string> skip = {};
+  StopToken stop = {};
+  // Called after each of `layer_count` layers.
+  std::function<void(const QuantizedLayer& layer, size_t layer_count)> on_layer = {};
+};
+
 struct LoadOptions {
   // Unset keeps each tensor's stored dtype; set casts all but keep_in_fp32_modules.
   std::optional<at::ScalarType> dtype = {};
@@ -147,6 +173,8 @@ struct LoadOptions {
   // Read them from the checkpoint's pack in the pack cache, if there is one; streaming goes back to
   // the checkpoint where that turns out faster.
   bool use_packs = false;
+  // Quantize the linear layers' weights; kept in the pack cache, so that it is done once.
+  std::optional<QuantizeOptions> quantize = {};
 };
 
 // Makes the model that `folder`/config.json names and binds it to the checkpoint beside it. Reads

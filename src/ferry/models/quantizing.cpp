@@ -10,7 +10,10 @@
 #include <mutex>
 
 #include "ferry/base/error.h"
+#include "ferry/models/stored_binding.h"
 #include "ferry/nn/linear.h"
+#include "ferry/weights/lossless_pack.h"
+#include "ferry/weights/pack_cache.h"
 #include "ferry/weights/stub.h"
 
 namespace ferry::models {
@@ -140,7 +143,7 @@ void Quantizing::quantize(const Owner& owner) {
     components_[fmt::format("{}.weight_{}", owner.layer, owner.weight->components()[i].name)] =
         components[i];
   }
-  if (on_layer) on_layer(layers_.back());
+  if (options_.on_layer) options_.on_layer(layers_.back(), owners_.size());
 }
 
 void Quantizing::write(const weights::Slot& slot, io::SafetensorsWriter& writer) {
@@ -156,6 +159,30 @@ void Quantizing::write(const weights::Slot& slot, io::SafetensorsWriter& writer)
     quantize(owners_.at(current_));
   }
   write_tensor(components_.at(slot.name()), writer);
+}
+
+std::shared_ptr<Model> quantize_through_cache(Model& source, const QuantizeOptions& options,
+                                              std::optional<at::ScalarType> dtype) {
+  Quantizing quantizing(source, options);
+  const weights::Checkpoint& checkpoint = *source.binding()->checkpoint;
+  weights::PackCache cache;
+  weights::CacheContent content;
+  content.sources = weights::fingerprint(checkpoint);
+  content.recipe = quantizing.recipe();
+  content.origin =
+      std::filesystem::absolute(checkpoint.files().front()->path()).parent_path().string();
+  content.expected_bytes = weights::total_bytes(weights::collect_slots(quantizing.target()));
+  content.write = [&](const weights::ByteSink& sink) {
+    quantizing.target().write_safetensors(
+        [&](const weights::Slot& slot, io::SafetensorsWriter& writer) {
+          quantizing.write(slot, writer);
+        },
+        sink, content.origin);
+  };
+  auto quantized = weights::Checkpoint::open_file(cache.find_or_make(content, options.stop));
+  std::shared_ptr<Model> model = make_model(source.class_name(), quantizing.target().config_json());
+  model->set_binding(bind_checkpoint(*model, quantized, dtype));
+  return model;
 }
 
 }  // namespace ferry::models

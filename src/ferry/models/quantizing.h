@@ -8,28 +8,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "ferry/base/stop_token.h"
 #include "ferry/models/model.h"
 #include "ferry/quant/registry.h"
 
 namespace ferry::models {
-
-struct QuantizeOptions {
-  std::string scheme;      // quant/registry.h
-  int64_t group_size = 0;  // 0: the scheme's
-  // Layers that stay as they are: a layer's dotted name, or dotted parts of it, as diffusers'
-  // modules_to_not_convert ("proj_out", "transformer_blocks.0.attn").
-  std::vector<std::string> skip = {};
-  StopToken stop = {};
-};
-
-// One layer, after it was quantized.
-struct QuantizedLayer {
-  std::string name;
-  uint64_t bytes_before = 0, bytes_after = 0;
-  // Signal-to-quantization-noise ratio in decibels: 10 log10(sum w^2 / sum (w - dequantized)^2).
-  double sqnr_db = 0;
-};
 
 // The quantized twin of a model: its weights are read and quantized as they are written.
 class Quantizing {
@@ -43,8 +25,6 @@ class Quantizing {
   // Of the source's class, all weights stubs, with "quantization_config" in its config: for
   // save_pretrained_from() with write(), or write_safetensors().
   Model& target() { return *target_; }
-  // Called after each layer.
-  std::function<void(const QuantizedLayer&)> on_layer;
   // Throws IoError, Cancelled.
   void write(const weights::Slot& slot, io::SafetensorsWriter& writer);
 
@@ -78,5 +58,11 @@ class Quantizing {
   std::string current_;
   std::map<std::string, at::Tensor> components_;
 };
+
+// The quantized twin of `source`, bound to a file in the pack cache, which is made if it is not
+// there. dtype: as LoadOptions, of what stays plain. Throws as Quantizing, BudgetError, IoError,
+// Cancelled.
+std::shared_ptr<Model> quantize_through_cache(Model& source, const QuantizeOptions& options,
+                                              std::optional<at::ScalarType> dtype);
 
 }  // namespace ferry::models

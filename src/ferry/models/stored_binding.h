@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,5 +23,15 @@ std::shared_ptr<weights::Binding> bind_stored(Model& model, quant::StoredWeights
                                               std::map<std::string, std::string> metadata,
                                               std::vector<std::shared_ptr<const io::File>> files,
                                               const weights::BindOptions& options);
+
+// The same of a whole checkpoint of the model's own names: finds its format, and casts to `dtype`,
+// if given, what is plain and not kept in float32.
+std::shared_ptr<weights::Binding> bind_checkpoint(
+    Model& model, std::shared_ptr<const weights::Checkpoint> checkpoint,
+    std::optional<at::ScalarType> dtype);
+
+// The options for binding `model`: its key map, its tied keys, and `dtype` as above. They refer to
+// the model.
+weights::BindOptions bind_options(const Model& model, std::optional<at::ScalarType> dtype);
 
 }  // namespace ferry::models

@@ -19,6 +19,9 @@ class Embedding : public Module {
   // ids [...] (int64 or int32) -> [..., embedding_dim]
   at::Tensor forward(const at::Tensor& ids);
 
+  // What rows of a table that is kept in a float8 dtype are widened to.
+  void set_compute_dtype(at::ScalarType dtype) { compute_dtype_ = dtype; }
+
   // Null: back to the table. While a source is set, `weight` may stay a stub.
   void set_row_source(std::shared_ptr<RowSource> source) { row_source_ = std::move(source); }
   const std::shared_ptr<RowSource>& row_source() const { return row_source_; }
@@ -26,7 +29,9 @@ class Embedding : public Module {
   at::Tensor weight;  // [num_embeddings, embedding_dim]
 
  private:
+  at::Tensor rows(const at::Tensor& ids);
   std::shared_ptr<RowSource> row_source_;
+  std::optional<at::ScalarType> compute_dtype_;
 };
 
 }  // namespace ferry::nn

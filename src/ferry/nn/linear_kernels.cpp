@@ -186,7 +186,22 @@ at::Tensor linear_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
   return result.view(shape);
 }
 
+namespace {
+
+// A weight that is stored narrower than anything computes.
+bool is_narrow(const at::Tensor& weight, const at::Tensor& x) {
+  return at::isFloat8Type(weight.scalar_type()) && !at::isFloat8Type(x.scalar_type());
+}
+
+at::Tensor widened_to(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.defined() ? tensor.to(dtype) : tensor;
+}
+
+}  // namespace
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  if (is_narrow(weight, x))
+    return linear(x, weight.to(x.scalar_type()), widened_to(bias, x.scalar_type()));
   if (!use_upcast(x, weight)) return at::linear(x, weight, optional_tensor(bias));
   if (records_gradient(x, weight, bias)) {
     return at::linear(x.to(at::kFloat), weight.to(at::kFloat), widened(bias)).to(x.scalar_type());
@@ -228,6 +243,8 @@ at::Tensor conv2d_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
 
 at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                   const Conv2dGeometry& g) {
+  if (is_narrow(weight, x))
+    return conv2d(x, weight.to(x.scalar_type()), widened_to(bias, x.scalar_type()), g);
   auto plain = [&](const at::Tensor& input, const at::Tensor& kernel,
                    const std::optional<at::Tensor>& offset) {
     return at::conv2d(input, kernel, offset, {g.stride, g.stride}, {g.padding, g.padding},

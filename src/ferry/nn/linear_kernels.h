@@ -44,6 +44,7 @@ LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype,
 LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype);
 
 // x [..., in], weight [out, in], bias [out] or undefined -> [..., out], in the dtype of `x`.
+// Weights kept in a float8 dtype (hooks/layerwise_casting.h) are widened to that of `x`.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
 
 struct Conv2dGeometry {
@@ -52,7 +53,8 @@ struct Conv2dGeometry {
   int64_t dilation = 1;
   int64_t groups = 1;
 };
-// x [batch, in, height, width], weight [out, in / groups, kernel, kernel] -> [batch, out, h, w].
+// As linear(). x [batch, in, height, width], weight [out, in / groups, kernel, kernel] -> [batch,
+// out, h, w].
 at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                   const Conv2dGeometry& geometry);
 

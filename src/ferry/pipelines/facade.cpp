@@ -79,6 +79,7 @@ Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions
   at::Device device = tensor::parse_device(options.device);
   pipelines::PipelineLoadOptions load;
   load.dtype = pipelines::DtypeMap::parse(options.dtype);
+  load.quantize = pipelines::parse_quantize(options.quantize);
   load.variant = options.variant;
   if (options.weights_memory_bytes > 0 && !options.memory.empty()) {
     throw_error<ArgumentError>(

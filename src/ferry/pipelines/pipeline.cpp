@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <sstream>
 
@@ -12,6 +13,7 @@
 #include "ferry/models/config.h"
 #include "ferry/nn/attention_dispatch.h"
 #include "ferry/pipelines/hub.h"
+#include "ferry/quant/registry.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/slot.h"
 
@@ -37,6 +39,31 @@ DtypeMap DtypeMap::parse(const std::string& text) {
 std::optional<at::ScalarType> DtypeMap::of(const std::string& component) const {
   auto it = components.find(component);
   return it == components.end() ? all : std::optional(it->second);
+}
+
+QuantizeMap parse_quantize(const std::string& text) {
+  QuantizeMap map;
+  std::stringstream items(text);
+  for (std::string item; std::getline(items, item, ',');) {
+    const size_t split = item.find('=');
+    const std::string component =
+        split == std::string::npos ? "transformer" : item.substr(0, split);
+    models::QuantizeOptions options;
+    options.scheme = split == std::string::npos ? item : item.substr(split + 1);
+    if (const size_t colon = options.scheme.find(':'); colon != std::string::npos) {
+      const std::string group = options.scheme.substr(colon + 1);
+      const char* end = group.data() + group.size();
+      auto [stop, error] = std::from_chars(group.data(), end, options.group_size);
+      if (error != std::errc() || stop != end || options.group_size <= 0) {
+        throw_error<ArgumentError>("quantize: got group size '{}', expected a positive number",
+                                   group);
+      }
+      options.scheme.resize(colon);
+    }
+    quant::find_scheme(options.scheme);  // an unknown one is wrong use, before anything is loaded
+    map[component] = options;
+  }
+  return map;
 }
 
 OutputType parse_output_type(std::string_view name) {
@@ -75,11 +102,12 @@ Component load_component(const fs::path& folder, const std::string& name,
                          const std::string& class_name, const PipelineLoadOptions& options) {
   Component component;
   if (contains(models::model_classes(), class_name)) {
-    component.model = models::load_model(folder,
-                                         {.dtype = options.dtype.of(name),
-                                          .variant = options.variant,
-                                          .use_packs = options.use_packs},
-                                         class_name);
+    models::LoadOptions load{.dtype = options.dtype.of(name),
+                             .variant = options.variant,
+                             .use_packs = options.use_packs};
+    if (auto it = options.quantize.find(name); it != options.quantize.end())
+      load.quantize = it->second;
+    component.model = models::load_model(folder, load, class_name);
   } else if (contains(schedulers::scheduler_classes(), class_name)) {
     component.scheduler = schedulers::load_scheduler(folder, class_name);
   } else if (class_name.find("Tokenizer") != std::string::npos) {
@@ -89,11 +117,13 @@ Component load_component(const fs::path& folder, const std::string& name,
   return component;
 }
 
-void check_dtype_names(const DtypeMap& dtype, const Json& index, const std::string& where) {
-  for (const auto& [name, unused] : dtype.components) {
+template <class Map>
+void check_names(const char* what, const Map& by_component, const Json& index,
+                 const std::string& where) {
+  for (const auto& [name, unused] : by_component) {
     auto it = index.find(name);
     if (it == index.end() || !is_component(name, *it)) {
-      throw_error<ArgumentError>("dtype of \"{}\": {} has no such component", name, where);
+      throw_error<ArgumentError>("{} of \"{}\": {} has no such component", what, name, where);
     }
   }
 }
@@ -133,7 +163,8 @@ std::shared_ptr<DiffusionPipeline> DiffusionPipeline::from_pretrained(
     throw_error<FormatError>("{}: expected a key \"_class_name\" that names the pipeline", where);
   }
   const PipelineClass& kind = find_class(index["_class_name"], where);
-  check_dtype_names(options.dtype, index, where);
+  check_names("dtype", options.dtype.components, index, where);
+  check_names("quantize", options.quantize, index, where);
 
   std::map<std::string, Component> components;
   for (const auto& [name, given] : options.components) {

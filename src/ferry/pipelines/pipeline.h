@@ -51,12 +51,20 @@ struct DtypeMap {
   std::optional<at::ScalarType> of(const std::string& component) const;
 };
 
+// How components are quantized as they are loaded, by name.
+using QuantizeMap = std::map<std::string, models::QuantizeOptions>;
+// "int8wo" (the transformer), "transformer=int8wo,text_encoder_2=nf4", or with a group size
+// "int4wo:64". Throws ArgumentError.
+QuantizeMap parse_quantize(const std::string& text);
+
 struct PipelineLoadOptions {
   // Unset keeps the stored dtypes; otherwise as models::LoadOptions.
   DtypeMap dtype;
   std::string variant;
   // Read weights from lossless packs in the pack cache where there are some.
   bool use_packs = false;
+  // Components to quantize; kept in the pack cache, so that it is done once.
+  QuantizeMap quantize = {};
   // Leave out text encoders and tokenizers: prompts come as embeddings.
   bool without_text_encoders = false;
   // Taken instead of the folder's; `Component()` leaves one out.
