@@ -1,9 +1,13 @@
 #include "ferry/quant/stored_weights.h"
 
+#include "ferry/quant/torchao.h"
+
 namespace ferry::quant {
 
 const std::vector<Format>& formats() {
-  static const std::vector<Format> all = {};
+  static const std::vector<Format> all = {
+      {"torchao", read_torchao_checkpoint},
+  };
   return all;
 }
 
