@@ -110,7 +110,7 @@ def subcommands(ferry):
     if not Path(ferry).exists():
         return set()
     text = subprocess.run([str(Path(ferry).resolve()), "--help"], capture_output=True, text=True).stdout
-    known = ("forward", "schedule", "tokenize", "generate", "inspect", "random", "doctor")
+    known = ("forward", "schedule", "tokenize", "generate", "inspect", "random", "doctor", "quantize")
     return {name for name in known if any(line.strip().startswith(name) for line in text.splitlines())}
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import common
 import compare
 import configs
+import quantized
 import reference
 import schedules
 import small_tokenizers
 import strings
 import tiny_pipeline
 
-GROUPS = (*configs.CLASSES, "FlowMatchEulerDiscreteScheduler", "tokenizers", "FluxPipeline")
+GROUPS = (*configs.CLASSES, "FlowMatchEulerDiscreteScheduler", "tokenizers", "FluxPipeline", "quantized")
 HUB_FORMS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
-NEEDS = {"FlowMatchEulerDiscreteScheduler": "schedule", "tokenizers": "tokenize", "FluxPipeline": "generate"}
+NEEDS = {"FlowMatchEulerDiscreteScheduler": "schedule", "tokenizers": "tokenize", "FluxPipeline": "generate", "quantized": "quantize"}
 
 
 @dataclass
@@ -117,7 +118,26 @@ def pipeline(a, work):
     return [result]
 
 
+def quantized_models(a, work):
+    results = []
+    for scheme, bound in quantized.SCHEMES.items():
+        for way, function in (("to Python", quantized.to_python), ("from Python", quantized.from_python)):
+            result = Result(f"{scheme} {way}", bound)
+            for i, case in enumerate(configs.draw("FluxTransformer2DModel", a.seed, min(a.count, 3))):
+                folder = work / f"FluxTransformer2DModel-quantized{i}"
+                if not folder.exists():
+                    reference.write("FluxTransformer2DModel", case["config"], case["seed"], folder, case["method"], case["args"], case["options"])
+                try:
+                    result.add(folder.name, *function(a.ferry, folder, scheme, work))
+                except common.FerryError as problem:
+                    result.fail(folder.name, problem)
+            results.append(result)
+    return results
+
+
 def run_group(name, a, work):
+    if name == "quantized":
+        return quantized_models(a, work)
     if name == "FlowMatchEulerDiscreteScheduler":
         return scheduler(a, work)
     if name == "tokenizers":
