@@ -14,19 +14,25 @@ import struct
 import sys
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from diffusers import BitsAndBytesConfig, TorchAoConfig
+from safetensors.torch import save_file
 from torchao.float8.inference import Float8MMConfig
-from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.prototype.mx_formats.utils import to_blocked
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
     Float8Tensor,
+    Float8WeightOnlyConfig,
     Int4TilePackedTo4dTensor,
     Int4Tensor,
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
     Int8Tensor,
+    Int8WeightOnlyConfig,
     IntxUnpackedToInt8Tensor,
     MappingType,
     PerBlock,
@@ -176,7 +182,7 @@ def tile_pack(q):
 
 def torchao_int4_tile_packed():
     state, expected = {}, {}
-    for name, n, k, group in [("even", 16, 1024, 128), ("padded", 20, 200, 32)]:
+    for name, n, k, group in [("even", 8, 1024, 128), ("padded", 20, 200, 32)]:
         w = weight(n, k)
         full = torch.nn.functional.pad(w, (0, -k % 1024, 0, -n % 8))
         bounds = dict(quant_min=0, quant_max=15)
@@ -222,7 +228,7 @@ def torchao_mx():
     state = {}
     for name, n, k, dtype, swizzled in [
             ("e4m3", 32, 64, torch.float8_e4m3fn, False), ("e5m2", 32, 64, torch.float8_e5m2, False),
-            ("e4m3_swizzled", 136, 160, torch.float8_e4m3fn, True), ("e2m1", 32, 96, torch.float4_e2m1fn_x2, False),
+            ("e4m3_swizzled", 40, 160, torch.float8_e4m3fn, True), ("e2m1", 32, 96, torch.float4_e2m1fn_x2, False),
             ("e2m1_swizzled", 32, 64, torch.float4_e2m1fn_x2, True)]:
         w = weight(n, k)
         w[1] = 0      # the smallest exponent there is
@@ -271,8 +277,201 @@ def torchao_encoders():
     save_file(tensors, OUT / "torchao_encoders.safetensors")
 
 
-ALL = [torchao_encoders, torchao_float8, torchao_int8, torchao_int4, torchao_int4_tile_packed, torchao_intx, torchao_nvfp4, torchao_mx,
-       torchao_sharded]
+# --- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+def flat_blocks(qdata, state):
+    """Blocks over the flattened weight, as bitsandbytes quantizes and as its CUDA and torch code dequantize.
+
+    The AVX-512 kernel of bitsandbytes 0.50.2 is wrong by whole scales where a row is a multiple of 32 values but not of
+    the blocks (dequantizing what it quantized misses by more than a block's greatest value), so it is the reference
+    only elsewhere.
+    """
+    n, k = state.shape
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    packed = qdata.view(torch.uint8).flatten()
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: n * k].int()
+    result = (state.code[codes] * absmax.repeat_interleave(state.blocksize)[: n * k]).view(n, k)
+    if k % state.blocksize == 0 or k % 32 != 0:
+        state.dtype = torch.float32
+        assert torch.equal(bnb.dequantize_4bit(qdata, state).reshape(n, k), result)
+    return result
+
+
+def bitsandbytes_4bit():
+    tensors, expected = {}, {}
+    for name, n, k, options in [
+            ("nf4", 32, 64, dict(quant_type="nf4")),
+            ("fp4", 32, 64, dict(quant_type="fp4", blocksize=128)),
+            # Blocks cross the ends of rows, and the last one is short.
+            ("uneven", 37, 50, dict(quant_type="nf4")),
+            ("nested", 32, 100, dict(quant_type="nf4", compress_statistics=True)),
+            ("nested_many", 40, 256, dict(quant_type="fp4", blocksize=32, compress_statistics=True)),
+            ("bf16_storage", 32, 64, dict(quant_type="nf4", quant_storage=torch.bfloat16)),
+            ("f32_storage", 32, 64, dict(quant_type="nf4", quant_storage=torch.float32)),
+    ]:
+        qdata, state = bnb.quantize_4bit(weight(n, k), **options)
+        tensors[f"{name}.weight"] = qdata
+        tensors.update({f"{name}.weight.{key}": value for key, value in state.as_dict(packed=True).items()})
+        expected[f"{name}.weight"] = flat_blocks(qdata, state)
+    tensors["nf4.bias"] = torch.randn(32, generator=GENERATOR).bfloat16()
+    save("bitsandbytes_4bit", tensors, expected)
+
+
+def bitsandbytes_int8():
+    tensors, expected = {}, {}
+    for name, n, k in [("a", 32, 64), ("b", 48, 40)]:
+        q, scb, _ = bnb.int8_vectorwise_quant(weight(n, k, torch.float16))
+        tensors.update({f"{name}.weight": q, f"{name}.SCB": scb})
+        expected[f"{name}.weight"] = bnb.int8_vectorwise_dequant(q, scb)
+    tensors["a.weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    save("bitsandbytes_int8", tensors, expected)
+
+
+def bitsandbytes_encoders():
+    tensors = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape, name in [((32, 64), "even"), ((37, 51), "odd")]:
+            w = weight(*shape, dtype)
+            w[3] = 0
+            qdata, state = bnb.quantize_4bit(w, quant_type="nf4")
+            prefix = f"{str(dtype).split('.')[1]}.{name}"
+            tensors.update({f"{prefix}.weight": w, f"{prefix}.qdata": qdata, f"{prefix}.absmax": state.absmax,
+                            f"{prefix}.quant_map": state.code})
+    save_file(tensors, OUT / "bitsandbytes_encoders.safetensors")
+
+
+# --- ComfyUI ---------------------------------------------------------------------------------------------------------
+
+def fp8(w, dtype=torch.float8_e4m3fn, rows=False):
+    high = w.float().abs().amax(1, keepdim=True) if rows else w.float().abs().max()
+    scale = high / torch.finfo(dtype).max
+    q = (w.float() / scale).to(dtype)
+    return q, scale, q.float() * scale
+
+
+def text(value):
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def swap_nibbles(packed):
+    return (packed >> 4) | (packed << 4)
+
+
+def comfy_metadata():
+    """`_quantization_metadata` without the prefix that the keys have; NVFP4 and MXFP8 by torchao's numbers."""
+    prefix, tensors, expected, layers = "model.diffusion_model.", {}, {}, {}
+    q, scale, expected[prefix + "a.weight"] = fp8(weight(32, 64))
+    tensors.update({"a.weight": q, "a.weight_scale": scale, "a.input_scale": torch.tensor(0.5)})
+    q, scale, expected[prefix + "b.weight"] = fp8(weight(32, 64), torch.float8_e5m2, rows=True)
+    tensors.update({"b.weight": q, "b.weight_scale": scale.flatten()})
+    layers.update(a={"format": "float8_e4m3fn"}, b={"format": "float8_e5m2"})
+
+    w = weight(48, 80)
+    nvfp4 = NVFP4Tensor.to_nvfp4(w, per_tensor_scale=per_tensor_amax_to_scale(w.abs().max()))
+    tensors.update({"c.weight": swap_nibbles(nvfp4.qdata), "c.weight_scale": to_blocked(nvfp4.scale).view(128, 8),
+                    "c.weight_scale_2": nvfp4.per_tensor_scale})
+    expected[prefix + "c.weight"] = nvfp4.dequantize(torch.float32)
+    layers["c"] = {"format": "nvfp4"}
+
+    mx = MXTensor.to_mx(weight(32, 160), torch.float8_e4m3fn)
+    tensors.update({"d.weight": mx.qdata, "d.weight_scale": to_blocked(mx.scale.view(torch.uint8)).view(128, 8)})
+    expected[prefix + "d.weight"] = mx.dequantize(torch.float32)
+    layers["d"] = {"format": "mxfp8"}
+    tensors["a.bias"] = torch.randn(32, generator=GENERATOR).bfloat16()
+    save("comfy_metadata", {prefix + k: v for k, v in tensors.items()}, expected,
+         {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
+
+
+def comfy_tensors():
+    """`<layer>.comfy_quant`; int8 with one scale, one a row and blocks; a fp8 layer that has a scale and no description."""
+    tensors, expected = {}, {}
+    q, scale, expected["a.weight"] = fp8(weight(32, 64))
+    tensors.update({"a.weight": q, "a.weight_scale": scale.view(1),
+                    "a.comfy_quant": text({"format": "float8_e4m3fn", "full_precision_matrix_mult": True})})
+    for name, form, block in [("b", "int8_tensorwise", (32, 64)), ("c", "int8_tensorwise", (1, 64)),
+                              ("d", "int8_blockwise", (16, 32))]:
+        w = weight(32, 64).float()
+        blocks = w.view(32 // block[0], block[0], 64 // block[1], block[1])
+        scale = blocks.abs().amax((1, 3)) / 127
+        q = (blocks / scale[:, None, :, None]).round().to(torch.int8)
+        expected[f"{name}.weight"] = (q.float() * scale[:, None, :, None]).reshape(32, 64)
+        tensors.update({f"{name}.weight": q.reshape(32, 64),
+                        f"{name}.weight_scale": scale if scale.numel() > 1 else scale.reshape(()),
+                        f"{name}.comfy_quant": text({"format": form})})
+    q, scale, expected["e.weight"] = fp8(weight(32, 64))
+    tensors.update({"e.weight": q, "e.weight_scale": scale})
+    q, scale, dequantized = fp8(weight(32, 64))
+    pre = torch.rand(64, generator=GENERATOR) + 0.5
+    tensors.update({"f.weight": q, "f.weight_scale": scale, "f.pre_quant_scale": pre,
+                    "f.comfy_quant": text({"format": "float8_e4m3fn"})})
+    expected["f.weight"] = dequantized * pre
+    save("comfy_tensors", tensors, expected)
+
+
+def comfy_legacy():
+    """The marker `scaled_fp8` with scale_weight and scale_input."""
+    prefix, tensors, expected = "model.diffusion_model.", {}, {}
+    q, scale, expected[prefix + "a.weight"] = fp8(weight(32, 64))
+    tensors.update({"a.weight": q, "a.scale_weight": scale, "a.scale_input": torch.tensor(1.0),
+                    "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn),
+                    "a.bias": torch.randn(32, generator=GENERATOR).bfloat16(),
+                    "norm.weight": torch.ones(64).bfloat16()})
+    save("comfy_legacy", {prefix + k: v for k, v in tensors.items()}, expected)
+
+
+def plain_fp8():
+    """Values cast to fp8 and nothing else."""
+    w = weight(32, 64).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": w, "a.bias": torch.randn(32, generator=GENERATOR).to(torch.float8_e4m3fn),
+               "conv.weight": torch.randn(4, 4, 3, 3, generator=GENERATOR).to(torch.float8_e4m3fn)}
+    save("plain_fp8", tensors, {"a.weight": w.float()})
+
+
+# --- what ferry writes -----------------------------------------------------------------------------------------------
+
+def quantization_configs():
+    """config.json's quantization_config, as diffusers' classes write it."""
+    rows = ["proj_out"]
+    configs = {
+        "int8wo": TorchAoConfig(Int8WeightOnlyConfig(), rows),
+        "int8wo:64": TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64))),
+        "int8da8w": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
+        "fp8wo": TorchAoConfig(Float8WeightOnlyConfig()),
+        "fp8da8w": TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), rows),
+        "int4wo": TorchAoConfig(Int4WeightOnlyConfig()),
+        "int4wo:32": TorchAoConfig(Int4WeightOnlyConfig(group_size=32)),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=rows,
+                                  bnb_4bit_compute_dtype=torch.bfloat16),
+    }
+    text = json.dumps({k: v.to_dict() for k, v in configs.items()}, indent=1)
+    (OUT / "quantization_configs.json").write_text(text + "\n")
+
+
+def fuzz_corpus():
+    """Headers of the fixtures, for tests/fuzz/quant_metadata_fuzz.cpp."""
+    corpus = OUT.parents[1] / "fuzz/corpus/quant_metadata"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for path in sorted(OUT.glob("*.safetensors")):
+        if "expected" in path.name or "encoders" in path.name or path.name == "int8.safetensors":
+            continue
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        texts = {}
+        for key, entry in header.items():
+            if key.endswith(".comfy_quant") or ".quant_state." in key or key.endswith(".weight_format"):
+                begin, end = entry["data_offsets"]
+                texts[key] = data[8 + length + begin : 8 + length + end].decode()
+        tensors = {k: [v["dtype"], *v["shape"]] for k, v in header.items() if k != "__metadata__"}
+        seed = {"metadata": header["__metadata__"], "tensors": tensors, "texts": texts}
+        (corpus / f"{path.stem}.json").write_text(json.dumps(seed))
+
+
+ALL = [bitsandbytes_4bit, bitsandbytes_int8, bitsandbytes_encoders, comfy_metadata, comfy_tensors, comfy_legacy, plain_fp8,
+       torchao_encoders, torchao_float8, torchao_int8, torchao_int4, torchao_int4_tile_packed, torchao_intx, torchao_nvfp4, torchao_mx,
+       torchao_sharded, quantization_configs, fuzz_corpus]
 
 
 def main():

@@ -1,5 +1,7 @@
 #include "ferry/quant/stored_weights.h"
 
+#include "ferry/quant/bitsandbytes.h"
+#include "ferry/quant/comfy.h"
 #include "ferry/quant/torchao.h"
 
 namespace ferry::quant {
@@ -7,6 +9,8 @@ namespace ferry::quant {
 const std::vector<Format>& formats() {
   static const std::vector<Format> all = {
       {"torchao", read_torchao_checkpoint},
+      {"bitsandbytes", read_bitsandbytes_checkpoint},
+      {"comfy", read_comfy_checkpoint},  // takes what is fp8, so it comes after the others
   };
   return all;
 }

@@ -1,10 +1,17 @@
 #include "ferry/quant/tensor_pool.h"
 
+#include <ATen/core/Tensor.h>
 #include <fmt/ranges.h>
 
 #include "ferry/base/error.h"
+#include "ferry/weights/binding.h"
 
 namespace ferry::quant {
+
+std::string read_bytes(const weights::StoredTensor& tensor) {
+  at::Tensor bytes = weights::read_stored(tensor);
+  return {static_cast<const char*>(bytes.const_data_ptr()), bytes.nbytes()};
+}
 
 TensorPool::TensorPool(StoredWeights& weights)
     : weights_(weights), taken_(weights.plain.size(), false) {
@@ -55,6 +62,11 @@ void TensorPool::drop(const std::string& key) {
   if (entry != by_key_.end()) taken_[entry->second] = true;
 }
 
+void TensorPool::reshape(const std::string& key, const std::vector<int64_t>& shape) {
+  auto entry = by_key_.find(key);
+  if (entry != by_key_.end()) weights_.plain[entry->second].shape = shape;
+}
+
 void TensorPool::commit() {
   std::vector<weights::StoredTensor> kept;
   for (size_t i = 0; i < taken_.size(); ++i) {
@@ -76,7 +88,7 @@ std::string TensorPool::where(const std::string& key) const {
 
 void check_matrix(const std::vector<int64_t>& shape, const std::string& where,
                   const std::string& parameter) {
-  constexpr int64_t kMaxExtent = int64_t{1} << 31;
+  constexpr int64_t kMaxExtent = int64_t{1} << 30;  // products of two, and their bytes, fit int64_t
   bool in_range = shape.size() == 2;
   for (int64_t extent : shape) in_range = in_range && extent >= 1 && extent <= kMaxExtent;
   if (!in_range) {

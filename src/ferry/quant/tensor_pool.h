@@ -11,6 +11,10 @@
 
 namespace ferry::quant {
 
+// The bytes of a small tensor.
+using ReadText = std::function<std::string(const weights::StoredTensor&)>;
+std::string read_bytes(const weights::StoredTensor& tensor);
+
 class TensorPool {
  public:
   // Over weights.plain, which must not change until commit().
@@ -28,6 +32,8 @@ class TensorPool {
             const std::vector<std::string>& keys);
   // The tensor under `key` is no parameter (a description, a marker); nothing where there is none.
   void drop(const std::string& key);
+  // The same bytes as another shape: formats spell one scale [], [1] and [1, 1].
+  void reshape(const std::string& key, const std::vector<int64_t>& shape);
   // Takes out of weights.plain what was joined and dropped.
   void commit();
 
@@ -40,7 +46,7 @@ class TensorPool {
   std::vector<bool> taken_;
 };
 
-// The shape of a linear layer's weight. Throws FormatError unless it is two extents of 1 to 2^31.
+// The shape of a linear layer's weight. Throws FormatError unless it is two extents of 1 to 2^30.
 void check_matrix(const std::vector<int64_t>& shape, const std::string& where,
                   const std::string& parameter);
 
