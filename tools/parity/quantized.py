@@ -23,7 +23,6 @@ def config_of(scheme):
     }[scheme]()
 
 
-@torch.inference_mode()
 def python_outputs(folder, quantization=None, save=None):
     """Outputs of the model in `folder` (config.json, weights, args.json and inputs beside it) by
     diffusers; quantized as it is loaded, and saved to `save`, where asked for."""

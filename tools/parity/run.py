@@ -126,7 +126,7 @@ def quantized_models(a, work):
             for i, case in enumerate(configs.draw("FluxTransformer2DModel", a.seed, min(a.count, 3))):
                 folder = work / f"FluxTransformer2DModel-quantized{i}"
                 if not folder.exists():
-                    reference.write("FluxTransformer2DModel", case["config"], case["seed"], folder, case["method"], case["args"], case["options"])
+                    reference.write("FluxTransformer2DModel", case["config"], case["seed"], folder, case["method"], case["args"])
                 try:
                     result.add(folder.name, *function(a.ferry, folder, scheme, work))
                 except common.FerryError as problem:

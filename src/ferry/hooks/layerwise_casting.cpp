@@ -59,13 +59,15 @@ size_t apply_layerwise_casting(nn::Module& module, const LayerwiseCastingConfig&
     throw_error<ArgumentError>("layerwise casting: got storage dtype {}, expected a float8",
                                tensor::dtype_name(config.storage_dtype));
   }
-  for (const auto& below : module.modules()) {
-    const auto* hooked = dynamic_cast<const nn::Module*>(below.get());
+  auto refuse_offloaded = [](const torch::nn::Module& below) {
+    const auto* hooked = dynamic_cast<const nn::Module*>(&below);
     if (hooked && hooked->weights_are_offloaded()) {
       throw ArgumentError(
           "layerwise casting: offloading is enabled already; cast first, then offload");
     }
-  }
+  };
+  refuse_offloaded(module);
+  for (const auto& below : module.modules(/*include_self=*/false)) refuse_offloaded(*below);
   Caster caster(config);
   caster.walk(module, "");
   return caster.layers;

@@ -219,7 +219,7 @@ uint64_t to_bytes(double values, const Workload& workload) {
 std::map<std::string, double> layer_flops(const Model& model, const Workload& workload) {
   std::map<std::string, double> flops;
   std::set<std::string> quantized;
-  for (const auto& entry : model.named_modules()) {
+  for (const auto& entry : model.named_modules("", /*include_self=*/false)) {
     const auto* linear = dynamic_cast<const nn::Linear*>(entry.value().get());
     if (!linear || !linear->quantized_weight()) continue;
     quantized.insert(entry.key());

@@ -122,7 +122,7 @@ SavedWeights saved_weights(const Model& model) {
     size_t component;
   };
   std::unordered_map<std::string, Place> components;  // by slot name
-  for (const auto& entry : model.named_modules()) {
+  for (const auto& entry : model.named_modules("", /*include_self=*/false)) {
     const auto* layer = dynamic_cast<const nn::Linear*>(entry.value().get());
     if (!layer || !layer->quantized_weight()) continue;
     const quant::QuantizedWeight& weight = *layer->quantized_weight();

@@ -81,7 +81,7 @@ Quantizing::Quantizing(Model& source, QuantizeOptions options)
     for (const std::string& name : bound.slot.names) sources_[name] = &bound;
   }
   std::vector<bool> used(options_.skip.size());
-  for (const auto& entry : target_->named_modules()) {
+  for (const auto& entry : target_->named_modules("", /*include_self=*/false)) {
     auto* linear = dynamic_cast<nn::Linear*>(entry.value().get());
     if (!linear) continue;
     const std::string& layer = entry.key();

@@ -17,7 +17,7 @@ namespace {
 // The linear layers of a model by the names of their weights.
 std::unordered_map<std::string, nn::Linear*> linear_layers(const Model& model) {
   std::unordered_map<std::string, nn::Linear*> layers;
-  for (const auto& entry : model.named_modules()) {
+  for (const auto& entry : model.named_modules("", /*include_self=*/false)) {
     if (auto* linear = dynamic_cast<nn::Linear*>(entry.value().get()))
       layers.emplace(entry.key() + ".weight", linear);
   }
