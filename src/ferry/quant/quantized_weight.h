@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -38,6 +39,12 @@ enum class Activation : uint8_t {
 };
 
 class QuantizedWeight;
+
+// A weight that is a matrix of one-byte numbers times a scale.
+struct ScaledMatrix {
+  at::Tensor values;  // [out, in], int8 or a float8
+  at::Tensor scale;   // float32, [out, 1]: a scale a row; or [1, 1]: one for all
+};
 
 // Some rows of a stored weight: the description and where its components are.
 struct StoredQuantized {
@@ -89,6 +96,11 @@ class QuantizedWeight {
   }
   // Whether a safetensors file that other libraries read can hold it.
   virtual bool can_be_saved() const { return !torchao_metadata(at::kBFloat16).is_null(); }
+  // The weight as a matrix that kernels can multiply as it is, where its input is quantized too and
+  // nothing but a scale stands between. The default: nothing, the weight is dequantized.
+  virtual std::optional<ScaledMatrix> as_scaled_matrix(ComponentTensors components) const {
+    return std::nullopt;
+  }
 
   // Rows `first` to `first + count` of a stored weight as one of their own, without reading. The
   // default cuts the components whose first dimension is the rows and shares those of one element.

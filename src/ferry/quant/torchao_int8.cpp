@@ -3,9 +3,10 @@
 #include <ATen/ATen.h>
 #include <fmt/ranges.h>
 
-#include <algorithm>
+#include <cstddef>
 
 #include "ferry/base/error.h"
+#include "ferry/quant/row_kernels.h"
 #include "ferry/tensor/dtype.h"
 
 namespace ferry::quant {
@@ -81,7 +82,32 @@ at::Tensor Int8Weight::dequantize(ComponentTensors components, at::ScalarType dt
 
 void Int8Weight::dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                                  at::ScalarType dtype, void* into) const {
-  QuantizedWeight::dequantize_rows(components, first, count, dtype, into);
+  const RowKernels& kernels = row_kernels(dtype);
+  const int64_t group = block_size_[1], groups = columns() / group;
+  const int64_t first_block = first / block_size_[0];
+  const int64_t blocks = (first + count - 1) / block_size_[0] - first_block + 1;
+  at::Tensor qdata = components[0].contiguous();
+  auto floats = [&](const at::Tensor& values) {
+    return values.narrow(0, first_block, blocks).to(at::kFloat).contiguous();
+  };
+  at::Tensor scale = floats(components[1]);
+  at::Tensor zero = has_zero_point_ ? floats(components[2]) : at::Tensor();
+  const auto* q = qdata.const_data_ptr<int8_t>() + first * columns();
+  auto* out = static_cast<std::byte*>(into);
+  const auto row_bytes = static_cast<int64_t>(columns() * c10::elementSize(dtype));
+  for (int64_t i = 0; i < count; ++i, q += columns(), out += row_bytes) {
+    int64_t block = (first + i) / block_size_[0] - first_block;
+    kernels.int8(q, scale.const_data_ptr<float>() + block * groups,
+                 has_zero_point_ ? zero.const_data_ptr<float>() + block * groups : nullptr, group,
+                 columns(), out);
+  }
+}
+
+std::optional<ScaledMatrix> Int8Weight::as_scaled_matrix(ComponentTensors components) const {
+  bool by_row = block_size_[0] == 1 || block_size_[0] == rows();
+  // The zero points of a dynamically quantized layer are zeros; torchao's kernel ignores them too.
+  if (!by_row || block_size_[1] != columns() || activation_ == Activation::as_is) return {};
+  return ScaledMatrix{components[0], components[1].to(at::kFloat)};
 }
 
 nlohmann::ordered_json Int8Weight::torchao_metadata(at::ScalarType dtype) const {
