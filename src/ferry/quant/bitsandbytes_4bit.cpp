@@ -9,6 +9,7 @@
 
 #include "ferry/base/error.h"
 #include "ferry/quant/float_codes.h"
+#include "ferry/quant/row_kernels.h"
 #include "ferry/quant/rows.h"
 
 namespace ferry::quant {
@@ -113,6 +114,7 @@ void BitsAndBytes4bitWeight::dequantize_rows(ComponentTensors components, int64_
                                              void* into) const {
   const auto* bytes = static_cast<const uint8_t*>(components[0].const_data_ptr());
   const float* table = components[2].const_data_ptr<float>();
+  if (count == 0) return;
   auto absmax = [&](int64_t block) {
     if (!options_.nested) return components[1].const_data_ptr<float>()[block];
     const float nested = components[3].const_data_ptr<float>()[block / options_.nested->block_size];
@@ -120,18 +122,14 @@ void BitsAndBytes4bitWeight::dequantize_rows(ComponentTensors components, int64_
     float product = components[4].const_data_ptr<float>()[code] * nested;
     return product + options_.nested->offset;
   };
-  write_rows(first, count, columns(), dtype, into, [&](int64_t row, float* out) {
-    const int64_t begin = row * columns(), end = begin + columns();
-    for (int64_t element = begin; element < end;) {
-      const int64_t block = element / options_.block_size;
-      const float scale = absmax(block);
-      const int64_t block_end = std::min(end, (block + 1) * options_.block_size);
-      for (; element < block_end; ++element) {
-        const uint8_t byte = bytes[element / 2];
-        out[element - begin] = table[element % 2 == 0 ? byte >> 4 : byte & 15] * scale;
-      }
-    }
-  });
+  const int64_t block = options_.block_size;
+  const int64_t begin = first * columns(), end = begin + count * columns();
+  const int64_t first_block = begin / block;
+  std::vector<float> scales((end - 1) / block - first_block + 1);
+  for (size_t i = 0; i < scales.size(); ++i)
+    scales[i] = absmax(first_block + static_cast<int64_t>(i));
+  row_kernels(dtype).codebook4(bytes + first_block * block / 2, table, scales.data(), block,
+                               begin - first_block * block, end - begin, into);
 }
 
 StoredQuantized BitsAndBytes4bitWeight::rows_of(const std::vector<weights::StoredTensor>& stored,

@@ -5,6 +5,7 @@
 
 #include "ferry/base/error.h"
 #include "ferry/quant/float_codes.h"
+#include "ferry/quant/row_kernels.h"
 #include "ferry/quant/rows.h"
 
 namespace ferry::quant {
@@ -50,17 +51,18 @@ at::Tensor Float8Weight::dequantize(ComponentTensors components, at::ScalarType 
 
 void Float8Weight::dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                                    at::ScalarType dtype, void* into) const {
-  const auto values = byte_values(options_.dtype);
+  const RowKernels& kernels = row_kernels(dtype);
+  const auto kernel =
+      options_.dtype == io::Dtype::F8_E4M3 ? kernels.float8_e4m3 : kernels.float8_e5m2;
   const auto* codes = static_cast<const uint8_t*>(components[0].const_data_ptr());
+  const float one = 1;
   const float* scales = options_.scale_shape ? components[1].const_data_ptr<float>() : nullptr;
-  write_rows(first, count, columns(), dtype, into, [&](int64_t row, float* out) {
-    const uint8_t* in = codes + row * columns();
-    const float* scale = scales ? scales + row / block_rows() * scale_columns_ : nullptr;
-    for (int64_t begin = 0; begin < columns(); begin += block_columns()) {
-      for (int64_t k = begin; k < begin + block_columns(); ++k)
-        out[k] = scale ? values[in[k]] * scale[begin / block_columns()] : values[in[k]];
-    }
-  });
+  auto* out = static_cast<std::byte*>(into);
+  for (int64_t row = first; row < first + count; ++row) {
+    const float* scale = scales ? scales + row / block_rows() * scale_columns_ : &one;
+    kernel(codes + row * columns(), scale, block_columns(), columns(), out);
+    out += columns() * c10::elementSize(dtype);
+  }
 }
 
 std::shared_ptr<const QuantizedWeight> Float8Weight::with_rows(int64_t rows) const {

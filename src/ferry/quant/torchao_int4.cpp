@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "ferry/base/error.h"
+#include "ferry/quant/row_kernels.h"
 #include "ferry/quant/rows.h"
 #include "ferry/tensor/dtype.h"
 
@@ -11,7 +12,8 @@ namespace ferry::quant {
 namespace {
 
 void check_groups(at::IntArrayRef shape, int64_t group_size) {
-  if (shape.size() != 2 || shape[1] % 2 != 0 || group_size < 1 || shape[1] % group_size != 0) {
+  if (shape.size() != 2 || shape[1] % 2 != 0 || group_size < 2 || group_size % 2 != 0 ||
+      shape[1] % group_size != 0) {
     throw_error<ArgumentError>(
         "int4 weight: got {} columns in groups of {}, expected an even number of columns and "
         "groups that divide it",
@@ -59,20 +61,21 @@ at::Tensor Int4Weight::dequantize(ComponentTensors components, at::ScalarType dt
 
 void Int4Weight::dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                                  at::ScalarType dtype, void* into) const {
-  const auto* packed = components[0].const_data_ptr<int8_t>();
+  const RowKernels& kernels = row_kernels(dtype);
+  const auto* packed = static_cast<const uint8_t*>(components[0].const_data_ptr());
   const FloatView scales(components[1]), zeros(components[2]);
-  write_rows(first, count, columns(), dtype, into, [&](int64_t row, float* out) {
-    const int8_t* in = packed + row * columns() / 2;
-    for (int64_t begin = 0; begin < columns(); begin += group_size_) {
-      const int64_t group = begin / group_size_ * rows() + row;
-      const float scale = scales[group], zero = zeros[group];
-      for (int64_t k = begin; k < begin + group_size_; ++k) {
-        int value = k % 2 == 0 ? ((in[k / 2] & 15) ^ 8) - 8 : in[k / 2] >> 4;
-        float product = static_cast<float>(value) * scale;
-        out[k] = product + zero;
-      }
+  const int64_t groups = columns() / group_size_;
+  std::vector<float> scale(groups), zero(groups);
+  auto* out = static_cast<std::byte*>(into);
+  for (int64_t row = first; row < first + count; ++row) {
+    for (int64_t group = 0; group < groups; ++group) {
+      scale[group] = scales[group * rows() + row];
+      zero[group] = zeros[group * rows() + row];
     }
-  });
+    kernels.int4(packed + row * columns() / 2, scale.data(), zero.data(), group_size_, columns(),
+                 out);
+    out += columns() * c10::elementSize(dtype);
+  }
 }
 
 Int4Components quantize_int4(const at::Tensor& weight, int64_t group_size) {
