@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "ferry/base/error.h"
+#include "ferry/models/bind_options.h"
 #include "ferry/nn/linear.h"
 #include "ferry/quant/torchao_int8.h"
 #include "ferry/testing/model_case.h"

@@ -6,7 +6,7 @@
 #include <unordered_set>
 
 #include "ferry/base/error.h"
-#include "ferry/models/name_parts.h"
+#include "ferry/models/bind_options.h"
 #include "ferry/nn/linear.h"
 #include "ferry/tensor/dtype.h"
 
@@ -22,13 +22,6 @@ std::unordered_map<std::string, nn::Linear*> linear_layers(const Model& model) {
       layers.emplace(entry.key() + ".weight", linear);
   }
   return layers;
-}
-
-// diffusers keeps them in float32 for every dtype, transformers for float16 only.
-bool stays_float32(const Model& model, const Traits& traits, const std::string& slot,
-                   at::ScalarType wanted) {
-  if (model.library() == "transformers" && wanted != at::kHalf) return false;
-  return has_part(slot, traits.keep_in_fp32_modules);
 }
 
 void set_weight(nn::Linear& layer, const std::string& name, const quant::StoredQuantized& stored) {
@@ -98,22 +91,6 @@ std::shared_ptr<weights::Binding> bind_stored(Model& model, quant::StoredWeights
       model,
       weights::Checkpoint::of_tensors(std::move(tensors), std::move(metadata), std::move(files)),
       inner);
-}
-
-weights::BindOptions bind_options(const Model& model, std::optional<at::ScalarType> dtype) {
-  weights::BindOptions options;
-  options.map_key = [&model](const std::string& key) { return model.map_key(key); };
-  if (dtype) {
-    options.dtype = [&model, traits = model.traits(), dtype](const std::string& slot,
-                                                             at::ScalarType stored) {
-      if (!at::isFloatingType(stored)) return stored;
-      return stays_float32(model, traits, slot, *dtype) ? at::kFloat : *dtype;
-    };
-  }
-  options.may_be_missing = [tied = model.traits().tied_keys](const std::string& slot) {
-    return tied.contains(slot);
-  };
-  return options;
 }
 
 std::shared_ptr<weights::Binding> bind_checkpoint(

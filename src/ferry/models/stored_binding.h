@@ -30,8 +30,4 @@ std::shared_ptr<weights::Binding> bind_checkpoint(
     Model& model, std::shared_ptr<const weights::Checkpoint> checkpoint,
     std::optional<at::ScalarType> dtype);
 
-// The options for binding `model`: its key map, its tied keys, and `dtype` as above. They refer to
-// the model.
-weights::BindOptions bind_options(const Model& model, std::optional<at::ScalarType> dtype);
-
 }  // namespace ferry::models
