@@ -2,9 +2,11 @@
 #include <ATen/ATen.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <list>
+#include <map>
 
 #include "command.h"
 #include "ferry/base/error.h"
@@ -14,6 +16,7 @@
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
 #include "ferry/io/atomic_file.h"
+#include "ferry/pipelines/loose_files.h"
 #include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
@@ -36,6 +39,8 @@ struct GenerateOptions {
   std::string model, output, latents, output_type = "image", dtype, device, variant, stats, trace;
   std::string embeds, save_embeds, quantize;
   std::vector<std::string> prompt, prompt_2, negative_prompt, negative_prompt_2;
+  // Component -> file, and tokenizer -> folder.
+  std::map<std::string, std::string> files, tokenizers;
   PictureOptions picture;  // all but the prompts, which may be several here
   std::optional<uint64_t> weights_memory, host_memory, reserve, pack_space, io_limit;
   std::string memory = "auto";
@@ -43,6 +48,17 @@ struct GenerateOptions {
   int quality = 95;
   bool use_packs = false;
 };
+
+pipelines::LooseFiles loose_files(const GenerateOptions& options) {
+  pipelines::LooseFiles files;
+  for (const auto& [component, file] : options.files) {
+    if (!file.empty()) files.models[component] = file;
+  }
+  for (const auto& [tokenizer, folder] : options.tokenizers) {
+    if (!folder.empty()) files.tokenizers[tokenizer] = folder;
+  }
+  return files;
+}
 
 // The bars of the stages, one after the other, and how long each took.
 class Stages {
@@ -129,7 +145,10 @@ std::vector<std::pair<std::string, std::string>> picture_text(
   text.emplace_back("width", std::to_string(image.width));
   text.emplace_back("height", std::to_string(image.height));
   text.emplace_back("pipeline", pipeline.class_name());
-  text.emplace_back("model", options.model);
+  if (!options.model.empty()) text.emplace_back("model", options.model);
+  for (const auto& [component, file] : options.files) {
+    if (!file.empty()) text.emplace_back(component, file);
+  }
   if (!options.dtype.empty()) text.emplace_back("dtype", options.dtype);
   text.emplace_back("Software", "ferry " FERRY_VERSION);
   return text;
@@ -294,7 +313,7 @@ int run_generate(const GenerateOptions& options, Context& context) {
     bars.emplace_back("quantizing " + name + ", layers", context).attach(quantize);
   // Without texts the encoders are not even opened.
   load.without_text_encoders = arguments.prompt_embeds && !arguments.negative_prompt;
-  auto pipeline = pipelines::DiffusionPipeline::from_pretrained(options.model, load);
+  auto pipeline = pipelines::load_pipeline(options.model, loose_files(options), load);
   bars.clear();
   const pipelines::GenerationSize size = pipelines::generation_size(*pipeline, arguments);
   const offload::Measurements measurements(offload::Measurements::default_folder());
@@ -388,8 +407,24 @@ Command add_generate(CLI::App& app) {
   command
       ->add_option("-m,--model", o->model,
                    "pipeline folder, or org/repo[@revision] in the local Hugging Face cache")
-      ->required()
       ->type_name("DIR|NAME");
+  for (const char* component : {"transformer", "text_encoder", "text_encoder_2", "vae"}) {
+    std::string flag = fmt::format("--{}", component);
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    command
+        ->add_option(flag, o->files[component],
+                     "single file (.gguf, .safetensors) in place of the folder's component; with "
+                     "files for all, no --model is needed")
+        ->type_name("FILE");
+  }
+  for (const char* tokenizer : {"tokenizer", "tokenizer_2"}) {
+    std::string flag = fmt::format("--{}", tokenizer);
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    command
+        ->add_option(flag, o->tokenizers[tokenizer],
+                     "tokenizer's folder in place of the model folder's")
+        ->type_name("DIR");
+  }
   // take one value each, so that a prompt never swallows what follows
   auto texts = [&](const std::string& flags, std::vector<std::string>& into,
                    const std::string& help) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <stop_token>
@@ -24,6 +25,10 @@ struct PipelineOptions {
   uint64_t reserve_bytes = 0;
   // "bf16", "fp32", "fp16", or for each component "transformer=bf16,vae=fp32". Empty: as stored.
   std::string dtype{};
+  // Single files (.gguf, .safetensors) in place of the folder's components, and folders in place of
+  // its tokenizers, by component: {"transformer", "flux1-dev-Q4_0.gguf"}, {"tokenizer_2", "t5"}.
+  // With all of them the folder's name may be empty.
+  std::map<std::string, std::string> files{};
   // Quantize as the model is loaded, once, into the pack cache: "int8wo" (the transformer), or for
   // each component "transformer=int8wo,text_encoder_2=nf4". docs/quantization.md lists the schemes.
   std::string quantize{};

@@ -5,6 +5,7 @@
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
 #include "ferry/ferry.h"
+#include "ferry/pipelines/loose_files.h"
 #include "ferry/pipelines/memory_budget.h"
 #include "ferry/pipelines/picture_options.h"
 #include "ferry/pipelines/pipeline.h"
@@ -91,7 +92,10 @@ Pipeline Pipeline::load(const std::string& folder_or_name, const PipelineOptions
     throw_error<ArgumentError>("reserve_bytes is a part of memory, which is not given");
   auto state = std::make_unique<State>();
   state->device = device;
-  state->pipeline = pipelines::DiffusionPipeline::from_pretrained(folder_or_name, load);
+  pipelines::LooseFiles files;
+  for (const auto& [component, file] : options.files)
+    (component.starts_with("tokenizer") ? files.tokenizers : files.models)[component] = file;
+  state->pipeline = pipelines::load_pipeline(folder_or_name, files, load);
   if (options.weights_memory_bytes > 0) {
     offload::EngineOptions engine;
     engine.weights_memory_bytes = options.weights_memory_bytes;

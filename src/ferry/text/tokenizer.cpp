@@ -141,6 +141,12 @@ std::optional<int64_t> Tokenizer::id_of(const std::optional<std::string>& token)
 }
 
 void Tokenizer::save_pretrained(const std::filesystem::path& dir) const {
+  if (dir_.empty()) {
+    throw_error<ArgumentError>(
+        "saving a tokenizer to {}: it was made from the pieces in a GGUF file and has no files of "
+        "its own; load one from a tokenizer's folder",
+        dir.string());
+  }
   try {
     std::filesystem::create_directories(dir);
     for (const char* file : kFiles) {

@@ -35,6 +35,7 @@ struct SpecialTokens {
   std::optional<std::string> bos, eos, unk, sep, pad, cls, mask;
 };
 
+struct SentencePieceModel;
 struct TokenizerBackend;
 
 // Immutable and thread-safe. Encodes 100,000 characters in well under a second: no stage is
@@ -54,6 +55,11 @@ class Tokenizer {
   // FormatError for a bad one.
   static std::shared_ptr<const Tokenizer> from_pretrained(const std::filesystem::path& dir,
                                                           std::string_view class_name = {});
+  // T5's tokenizer of pieces that another file holds (a GGUF file's tokenizer.ggml), with the
+  // sentinels <extra_id_N> among them or not. `where` names that file in errors. Throws
+  // FormatError.
+  static std::shared_ptr<const Tokenizer> from_sentencepiece(SentencePieceModel model,
+                                                             const std::string& where);
   ~Tokenizer();
 
   // Throws ArgumentError for text that is not UTF-8, a max_length that the special tokens alone
@@ -74,7 +80,8 @@ class Tokenizer {
   // The id of a named special token, e.g. id_of(special_tokens().pad).
   std::optional<int64_t> id_of(const std::optional<std::string>& token) const;
 
-  // Copies the files that this tokenizer was read from into `dir`. Throws IoError.
+  // Copies the files that this tokenizer was read from into `dir`. Throws IoError, and
+  // ArgumentError for one that was made from another file's pieces.
   void save_pretrained(const std::filesystem::path& dir) const;
 
  private:

@@ -12,6 +12,7 @@
 #include "ferry/io/json_file.h"
 #include "ferry/text/charsmap.h"
 #include "ferry/text/clip_tokenizer.h"
+#include "ferry/text/sentencepiece_model.h"
 #include "ferry/text/t5_tokenizer.h"
 #include "ferry/text/tokenizer.h"
 
@@ -75,6 +76,9 @@ class TokenizerLoader {
     class_name_ = choose_class(class_name);
   }
 
+  TokenizerLoader(SentencePieceModel model, const std::string& where)
+      : where_(where), class_name_(kT5Class), spiece_(std::move(model)) {}
+
   std::shared_ptr<const Tokenizer> load() {
     read_special_tokens();
     std::shared_ptr<Tokenizer> out(new Tokenizer());
@@ -98,7 +102,7 @@ class TokenizerLoader {
   }
 
  private:
-  bool has(const char* file) const { return fs::exists(dir_ / file); }
+  bool has(const char* file) const { return !dir_.empty() && fs::exists(dir_ / file); }
   JsonView parse(const char* file) const { return JsonView::parse_file(dir_ / file); }
   std::optional<JsonView> option(std::string_view key) const {
     return config_ ? config_->find(key) : std::nullopt;
@@ -239,11 +243,11 @@ class TokenizerLoader {
   // `special`: the pieces that sentencepiece keeps whole.
   TokenizerBackend t5_from_spiece(uint32_t extra_ids, std::vector<AddedToken>& special) const {
     using Type = SentencePieceModel::Type;
-    const fs::path path = dir_ / "spiece.model";
-    const SentencePieceModel model = SentencePieceModel::read(path);
+    const std::string path = spiece_ ? where_ : (dir_ / "spiece.model").string();
+    const SentencePieceModel model = spiece_ ? *spiece_ : SentencePieceModel::read(path);
     if (model.kind != SentencePieceModel::Kind::unigram) {
-      throw_error<FormatError>("{}: trainer_spec.model_type is {}, expected 1 (unigram)",
-                               path.string(), static_cast<int>(model.kind));
+      throw_error<FormatError>("{}: trainer_spec.model_type is {}, expected 1 (unigram)", path,
+                               static_cast<int>(model.kind));
     }
     for (const auto& entry : model.pieces) {
       if (entry.type != Type::control && entry.type != Type::user_defined) continue;
@@ -252,9 +256,13 @@ class TokenizerLoader {
       special.push_back(std::move(token));
     }
     try {
-      return make_t5_backend(t5_vocabulary(model, extra_ids), model.precompiled_charsmap);
+      // GGUF files have the sentinels among the pieces.
+      const bool complete = std::any_of(model.pieces.begin(), model.pieces.end(),
+                                        [](auto& entry) { return entry.piece == "<extra_id_0>"; });
+      return make_t5_backend(t5_vocabulary(model, complete ? 0 : extra_ids),
+                             model.precompiled_charsmap);
     } catch (const FormatError& e) {
-      throw_error<FormatError>("{}: {}", path.string(), e.what());
+      throw_error<FormatError>("{}: {}", path, e.what());
     }
   }
 
@@ -333,8 +341,10 @@ class TokenizerLoader {
     }
   }
 
-  fs::path dir_;
+  fs::path dir_;  // empty where the pieces were given
+  std::string where_;
   std::string class_name_;
+  std::optional<SentencePieceModel> spiece_;
   std::optional<JsonView> config_;
   std::optional<JsonView> tokenizer_json_;
   std::map<std::string, AddedToken> named_;
@@ -345,6 +355,11 @@ class TokenizerLoader {
 std::shared_ptr<const Tokenizer> Tokenizer::from_pretrained(const fs::path& dir,
                                                             std::string_view class_name) {
   return TokenizerLoader(dir, class_name).load();
+}
+
+std::shared_ptr<const Tokenizer> Tokenizer::from_sentencepiece(SentencePieceModel model,
+                                                               const std::string& where) {
+  return TokenizerLoader(std::move(model), where).load();
 }
 
 }  // namespace ferry::text
