@@ -40,9 +40,14 @@ CpuFeatures detect_cpu_features() {
   // __builtin_cpu_supports also asks whether the system saves the wide registers.
   bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512dq");
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) features.avx512_fp16 = avx512 && (d >> 23 & 1);
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    features.avx512_fp16 = avx512 && (d >> 23 & 1);
+    features.avx512_vnni = avx512 && (c >> 11 & 1);
+    features.amx_int8 = avx512 && (d >> 25 & 1);
+  }
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     features.avx512_bf16 = avx512 && (a >> 5 & 1);
+    features.avx_vnni = __builtin_cpu_supports("avx2") && (a >> 4 & 1);
     features.avx_ne_convert = __builtin_cpu_supports("avx2") && (d >> 5 & 1);
   }
 #else

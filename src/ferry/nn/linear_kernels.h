@@ -17,6 +17,10 @@ struct CpuFeatures {
   bool avx512_bf16 = false;
   bool avx512_fp16 = false;
   bool avx_ne_convert = false;
+  // Dot products of int8: AVX512-VNNI, AVX-VNNI, AMX-INT8.
+  bool avx512_vnni = false;
+  bool avx_vnni = false;
+  bool amx_int8 = false;
   bool arm_bf16 = false;
   bool arm_fp16 = false;
   // oneDNN, through which x86 reaches those instructions, is enabled.
