@@ -15,6 +15,9 @@ A mode ferry_512 streams under 512 MiB; _io500 behind it reads at most 500 MB/s,
 pack, which `ferry pack` has to have made of --model:
 
   run.py --model DIR --threads 2 --tokens 256+64 --repeat 9 --modes ferry_512_io500 ferry_512_io500_packs
+
+A scheme of `ferry quantize` at the end has the weights quantized (once, into the pack cache): ferry_int8wo
+resident, ferry_256_io500_int8wo streamed; the difference of the latter is to the former.
 """
 import argparse
 import json
@@ -136,11 +139,15 @@ def run_mode(mode, model, inputs, threads, work, limits):
     stats = os.path.join(work, "stats.json")
     command = [args.ferry, "forward", model, "--inputs", inputs, "--output", out, "--threads", str(threads),
                "--repeat", str(args.repeat), "--stats", stats]
-    memory, *more = mode.split("_")[1:] or [None]
-    if memory:
-        command += ["--weights-memory", memory + "MiB", "--cold"]
-    for option in more:
-        command += ["--use-packs"] if option == "packs" else ["--io-limit", option[2:] + "MB/s"]
+    for option in mode.split("_")[1:]:
+        if option.isdigit():
+            command += ["--weights-memory", option + "MiB", "--cold"]
+        elif option == "packs":
+            command += ["--use-packs"]
+        elif option.startswith("io"):
+            command += ["--io-limit", option[2:] + "MB/s"]
+        else:
+            command += ["--quantize", option]
     done = limits.run(command, env)
     if done.returncode:
         return failure(done)
@@ -185,10 +192,13 @@ def main():
                 equal = {}
                 for mode in args.modes:
                     path = os.path.join(work, mode + ".safetensors")
-                    if mode not in ("ferry", "limit") and os.path.exists(path):
+                    # A quantized model streamed equals itself resident, not the plain one.
+                    resident = "ferry_" + mode.rsplit("_", 1)[-1]
+                    base = os.path.join(work, (resident if resident in args.modes and mode != resident else "ferry") + ".safetensors")
+                    if mode not in ("ferry", "limit") and os.path.exists(path) and os.path.exists(base):
                         code = ("import sys, torch; from safetensors.torch import load_file as l; a, b = (l(p)['sample'].float() "
                                 "for p in sys.argv[1:]); print(float((a - b).abs().max() / b.abs().max()))")
-                        done = subprocess.run([args.python, "-c", code, os.path.join(work, "ferry.safetensors"), path],
+                        done = subprocess.run([args.python, "-c", code, base, path],
                                               capture_output=True, text=True)
                         equal[mode] = float(done.stdout or "nan")
                 row["difference_to_ferry_resident"] = equal
@@ -212,7 +222,9 @@ def print_row(row):
         else:
             print(f"  {mode:12} {json.dumps(figure)[:400]}")
     for ours, theirs in (("ferry", "py_resident"), ("ferry_512", "py_hook"), ("ferry_512", "py_group"),
-                         ("ferry_512_io500", "ferry_512_io500_packs"), ("ferry_512", "ferry_512_packs")):
+                         ("ferry_512_io500", "ferry_512_io500_packs"), ("ferry_512", "ferry_512_packs"),
+                         ("ferry_512_io500_int8wo", "ferry_512_io500"), ("ferry_256_io500_int8wo", "ferry_512_io500"),
+                         ("ferry_int8wo", "ferry"), ("ferry_int8da8w", "ferry")):
         if "median_s" in modes.get(ours, {}) and "median_s" in modes.get(theirs, {}):
             print(f"  {theirs} / {ours} = {modes[theirs]['median_s'] / modes[ours]['median_s']:.2f}")
 
