@@ -34,6 +34,7 @@ struct Command {
 };
 
 Command add_cache(CLI::App& app);
+Command add_convert(CLI::App& app);
 Command add_doctor(CLI::App& app);
 Command add_forward(CLI::App& app);
 Command add_generate(CLI::App& app);

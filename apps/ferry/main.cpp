@@ -97,8 +97,8 @@ int main(int argc, char** argv) {
 
   std::vector<Command> commands = {add_generate(app), add_inspect(app),  add_forward(app),
                                    add_schedule(app), add_tokenize(app), add_quantize(app),
-                                   add_random(app),   add_plan(app),     add_pack(app),
-                                   add_cache(app),    add_doctor(app)};
+                                   add_convert(app),  add_random(app),   add_plan(app),
+                                   add_pack(app),     add_cache(app),    add_doctor(app)};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
