@@ -16,7 +16,7 @@ for target in $targets; do
   seeds=tests/fuzz/corpus/${target#fuzz_}
   # libtorch is not instrumented: its vectors are no container overflows, its caches no leaks.
   case $target in
-    fuzz_config | fuzz_weight_index) export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:detect_container_overflow=0 ;;
+    fuzz_config | fuzz_weight_index | fuzz_quant_metadata) export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:detect_container_overflow=0 ;;
     *) unset ASAN_OPTIONS ;;
   esac
   "build/fuzz/tests/fuzz/$target" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=3000 -print_final_stats=1 \

@@ -19,6 +19,7 @@
 #include "ferry/models/stored_binding.h"
 #include "ferry/nn/attention_dispatch.h"
 #include "ferry/nn/linear.h"
+#include "ferry/quant/written_weight.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/weights/lossless_pack.h"
 #include "ferry/weights/stub.h"
@@ -103,18 +104,6 @@ struct SavedWeights {
   std::map<std::string, std::string> metadata = {{"format", "pt"}};
 };
 
-// TorchAO wants every tensor's entry in the metadata of every file.
-void add_torchao_metadata(const std::map<std::string, nlohmann::ordered_json>& entries,
-                          const std::vector<std::string>& names, SavedWeights& saved) {
-  for (const std::string& name : names) {
-    auto entry = entries.find(name);
-    saved.metadata[name] = entry == entries.end()
-                               ? nlohmann::ordered_json{{"_type", "Tensor"}}.dump()
-                               : entry->second.dump();
-  }
-  saved.metadata["tensor_names"] = nlohmann::json(names).dump();
-}
-
 SavedWeights saved_weights(const Model& model) {
   struct Place {
     std::string parameter;
@@ -127,36 +116,34 @@ SavedWeights saved_weights(const Model& model) {
     if (!layer || !layer->quantized_weight()) continue;
     const quant::QuantizedWeight& weight = *layer->quantized_weight();
     const std::string parameter = entry.key() + ".weight";
-    if (!weight.can_be_saved()) {
-      throw_error<ArgumentError>(
-          "{}: '{}' is stored as {}, which safetensors files do not hold; save the original file",
-          model.class_name(), parameter, weight.scheme());
-    }
     for (size_t i = 0; i < weight.components().size(); ++i)
       components.emplace(parameter + "_" + weight.components()[i].name, Place{parameter, layer, i});
   }
   SavedWeights saved;
-  std::vector<std::string> names;  // of parameters
-  std::map<std::string, nlohmann::ordered_json> torchao;
+  std::vector<std::pair<std::string, std::string>> entries;  // TorchAO's, by parameter
+  std::map<std::string, quant::WrittenWeight> written;
+  bool is_torchao = false;
   for (weights::Slot& slot : weights::collect_slots(model)) {
     auto place = components.find(slot.name());
     if (place == components.end()) {
-      names.push_back(slot.name());
+      entries.emplace_back(slot.name(), "");
       saved.tensors.push_back({slot.name(), std::move(slot)});
       continue;
     }
     const auto& [parameter, layer, index] = place->second;
-    const quant::QuantizedWeight& weight = *layer->quantized_weight();
-    saved.tensors.push_back(
-        {weight.stored_key(parameter, weight.components()[index]), std::move(slot)});
-    if (index > 0) continue;
-    names.push_back(parameter);
-    nlohmann::ordered_json entry = weight.torchao_metadata(model.dtype());
-    if (!entry.is_null()) torchao.emplace(parameter, std::move(entry));
-    for (auto& [key, bytes] : weight.stored_notes(parameter, model.dtype()))
-      saved.tensors.push_back({key, std::nullopt, std::move(bytes)});
+    auto [as, is_first] = written.try_emplace(parameter);
+    if (is_first) {
+      as->second = quant::written_weight(parameter, *layer->quantized_weight(), model.dtype());
+      entries.emplace_back(parameter, as->second.metadata);
+      is_torchao = is_torchao || !as->second.metadata.empty();
+    }
+    for (quant::WrittenTensor& tensor : as->second.tensors) {
+      if (tensor.component == index) saved.tensors.push_back({tensor.key, std::move(slot)});
+      if (is_first && !tensor.component)
+        saved.tensors.push_back({tensor.key, std::nullopt, tensor.bytes});
+    }
   }
-  if (!torchao.empty()) add_torchao_metadata(torchao, names, saved);
+  if (is_torchao) saved.metadata = quant::torchao_metadata(entries);
   return saved;
 }
 

@@ -77,12 +77,6 @@ uint64_t QuantizedWeight::size_bytes() const {
   return sum;
 }
 
-std::string QuantizedWeight::stored_key(const std::string& parameter,
-                                        const Component& component) const {
-  const size_t begin = parameter.rfind('.') + 1;  // 0 where there is no dot
-  return parameter.substr(0, begin) + "_" + parameter.substr(begin) + "_" + component.name;
-}
-
 void QuantizedWeight::dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                                       at::ScalarType dtype, void* into) const {
   at::Tensor rows = dequantize(components, dtype).narrow(0, first, count).contiguous();

@@ -7,12 +7,10 @@
 
 #include <cstdint>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "ferry/weights/checkpoint.h"
@@ -81,21 +79,6 @@ class QuantizedWeight {
   virtual void dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                                at::ScalarType dtype, void* into) const;
 
-  // ---- how a file holds it ----
-
-  // The key of a component of `parameter` in a safetensors file. The default is TorchAO's spelling:
-  // "to_q._weight_scale" of "to_q.weight".
-  virtual std::string stored_key(const std::string& parameter, const Component& component) const;
-  // The weight's entry in a TorchAO file's metadata: {"_type", "_data", "_tensor_data_names"}; null
-  // for other formats. dtype: of the model that computes with it.
-  virtual nlohmann::ordered_json torchao_metadata(at::ScalarType dtype) const { return nullptr; }
-  // What a file holds of the weight beside its components: key and bytes (a tensor of uint8).
-  virtual std::vector<std::pair<std::string, std::string>> stored_notes(
-      const std::string& parameter, at::ScalarType dtype) const {
-    return {};
-  }
-  // Whether a safetensors file that other libraries read can hold it.
-  virtual bool can_be_saved() const { return !torchao_metadata(at::kBFloat16).is_null(); }
   // The weight as a matrix that kernels can multiply as it is, where its input is quantized too and
   // nothing but a scale stands between. The default: nothing, the weight is dequantized.
   virtual std::optional<ScaledMatrix> as_scaled_matrix(ComponentTensors components) const {

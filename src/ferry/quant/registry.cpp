@@ -1,8 +1,13 @@
 #include "ferry/quant/registry.h"
 
-#include <fmt/ranges.h>
+#include <ATen/ATen.h>
+
+#include <nlohmann/json.hpp>
 
 #include "ferry/base/error.h"
+#include "ferry/quant/bitsandbytes_4bit.h"
+#include "ferry/quant/float8.h"
+#include "ferry/quant/torchao_int4.h"
 #include "ferry/quant/torchao_int8.h"
 #include "ferry/tensor/dtype.h"
 
@@ -11,75 +16,193 @@ namespace ferry::quant {
 namespace {
 
 using Json = nlohmann::ordered_json;
+using Weight = std::shared_ptr<const QuantizedWeight>;
+using Shape = std::vector<int64_t>;
 
-Json torchao_config(const char* type, Json data, const std::vector<std::string>& skipped) {
-  Json config = {{"quant_method", "torchao"},
-                 {"quant_type",
-                  {{"default", {{"_type", type}, {"_version", 2}, {"_data", std::move(data)}}}}}};
-  config["modules_to_not_convert"] = skipped.empty() ? Json(nullptr) : Json(skipped);
-  return config;
+constexpr int64_t kInt4Group = 128, kNf4Block = 64;
+
+Shape row_or_group(int64_t columns, int64_t group_size) {
+  return {1, group_size == 0 ? columns : group_size};
 }
 
-Json per_row() {
-  return {{"_type", "PerRow"}, {"_version", 1}, {"_data", {{"dim", -1}}}};
+Weight int8(Shape shape, int64_t group_size, Activation activation) {
+  Shape block = row_or_group(shape[1], group_size);
+  return std::make_shared<Int8Weight>(std::move(shape), std::move(block), /*has_zero_point=*/true,
+                                      io::Dtype::F32, activation);
+}
+Weight describe_int8wo(Shape shape, at::ScalarType, int64_t group_size) {
+  return int8(std::move(shape), group_size, Activation::as_is);
+}
+Weight describe_int8da8w(Shape shape, at::ScalarType, int64_t) {
+  return int8(std::move(shape), 0, Activation::int8_per_token);
+}
+std::vector<at::Tensor> make_int8(const at::Tensor& weight, int64_t group_size) {
+  Int8Components made = quantize_int8(weight, row_or_group(weight.size(1), group_size));
+  return {made.qdata, made.scale, made.zero_point};
 }
 
-// ---- int8 ----
-
-std::shared_ptr<const QuantizedWeight> int8(at::IntArrayRef shape, int64_t group_size,
-                                            Activation activation) {
-  if (group_size > 0 && shape[1] % group_size != 0) return nullptr;
-  return std::make_shared<Int8Weight>(
-      shape.vec(), std::vector<int64_t>{1, group_size > 0 ? group_size : shape[1]},
-      /*has_zero_point=*/true, io::Dtype::F32, activation);
+Weight float8(Shape shape, Activation activation) {
+  Shape scale{shape[0], 1};
+  return std::make_shared<Float8Weight>(
+      std::move(shape), Float8Weight::Options{.scale_shape = scale, .activation = activation});
+}
+Weight describe_fp8wo(Shape shape, at::ScalarType, int64_t) {
+  return float8(std::move(shape), Activation::as_is);
+}
+Weight describe_fp8da8w(Shape shape, at::ScalarType, int64_t) {
+  return float8(std::move(shape), Activation::float8_per_token);
+}
+std::vector<at::Tensor> make_float8(const at::Tensor& weight, int64_t) {
+  Float8Components made = quantize_float8_rows(weight);
+  return {made.qdata, made.scale};
 }
 
-std::shared_ptr<const QuantizedWeight> int8_weight_only(at::IntArrayRef shape, at::ScalarType,
-                                                        int64_t group_size) {
-  return int8(shape, group_size, Activation::as_is);
+Weight describe_int4wo(Shape shape, at::ScalarType dtype, int64_t group_size) {
+  return std::make_shared<Int4Weight>(std::move(shape), group_size == 0 ? kInt4Group : group_size,
+                                      tensor::from_torch(dtype));
+}
+std::vector<at::Tensor> make_int4(const at::Tensor& weight, int64_t group_size) {
+  Int4Components made = quantize_int4(weight, group_size == 0 ? kInt4Group : group_size);
+  return {made.qdata, made.scale, made.zero_point};
 }
 
-std::shared_ptr<const QuantizedWeight> int8_dynamic(at::IntArrayRef shape, at::ScalarType,
-                                                    int64_t group_size) {
-  return int8(shape, group_size, Activation::int8_per_token);
+Weight describe_nf4(Shape shape, at::ScalarType, int64_t group_size) {
+  return std::make_shared<BitsAndBytes4bitWeight>(
+      std::move(shape),
+      BitsAndBytes4bitWeight::Options{.block_size = group_size == 0 ? kNf4Block : group_size});
+}
+std::vector<at::Tensor> make_nf4(const at::Tensor& weight, int64_t group_size) {
+  Nf4Components made = quantize_nf4(weight, group_size == 0 ? kNf4Block : group_size);
+  return {made.qdata, made.absmax, made.quant_map};
 }
 
-std::vector<at::Tensor> to_int8(const at::Tensor& weight, const QuantizedWeight& description) {
-  auto parts = quantize_int8(weight, dynamic_cast<const Int8Weight&>(description).block_size());
-  return {parts.qdata, parts.scale, parts.zero_point};
+// --- quantization_config ---
+
+Json member(const char* type, const char* value) {
+  return {{"_type", type}, {"_data", value}};
+}
+Json versioned(const char* type, int version, Json data) {
+  return {{"_type", type}, {"_version", version}, {"_data", std::move(data)}};
+}
+Json granularity(int64_t group_size) {
+  return group_size == 0 ? versioned("PerRow", 1, {{"dim", -1}})
+                         : versioned("PerGroup", 1, {{"group_size", group_size}});
 }
 
-Json int8_weight_only_config(int64_t, const std::vector<std::string>& skipped) {
-  return torchao_config(
-      "Int8WeightOnlyConfig",
-      {{"group_size", nullptr}, {"granularity", per_row()}, {"set_inductor_config", true}},
-      skipped);
-}
-
-Json int8_dynamic_config(int64_t, const std::vector<std::string>& skipped) {
-  return torchao_config("Int8DynamicActivationInt8WeightConfig",
-                        {{"granularity", per_row()}, {"set_inductor_config", true}}, skipped);
+// torchao's config class of a scheme, as its config_to_dict() writes it.
+Json torchao_config(std::string_view scheme, int64_t group_size) {
+  const Json e4m3 = member("torch.dtype", "float8_e4m3fn");
+  if (scheme == "int8wo") {
+    return versioned("Int8WeightOnlyConfig", 2,
+                     {{"group_size", nullptr},
+                      {"granularity", granularity(group_size)},
+                      {"set_inductor_config", true}});
+  }
+  if (scheme == "int8da8w") {
+    return versioned("Int8DynamicActivationInt8WeightConfig", 2,
+                     {{"act_mapping_type", member("MappingType", "SYMMETRIC")},
+                      {"weight_only_decode", false},
+                      {"granularity", granularity(0)},
+                      {"set_inductor_config", true},
+                      {"reduce_range", false}});
+  }
+  if (scheme == "fp8wo") {
+    return versioned(
+        "Float8WeightOnlyConfig", 2,
+        {{"weight_dtype", e4m3}, {"set_inductor_config", true}, {"granularity", granularity(0)}});
+  }
+  if (scheme == "fp8da8w") {
+    return versioned(
+        "Float8DynamicActivationFloat8WeightConfig", 2,
+        {{"activation_dtype", e4m3},
+         {"weight_dtype", e4m3},
+         {"granularity", Json::array({granularity(0), granularity(0)})},
+         {"packing_format", member("Float8PackingFormat", "PLAIN")},
+         {"mm_config",
+          versioned("Float8MMConfig", 1,
+                    {{"emulate", false}, {"use_fast_accum", true}, {"pad_inner_dim", false}})},
+         {"activation_value_lb", nullptr},
+         {"activation_value_ub", nullptr},
+         {"kernel_preference", member("KernelPreference", "AUTO")},
+         {"set_inductor_config", true},
+         {"alg_id", 0}});
+  }
+  return versioned(
+      "Int4WeightOnlyConfig", 2,
+      {{"group_size", group_size == 0 ? kInt4Group : group_size},
+       {"set_inductor_config", true},
+       {"int4_packing_format", member("Int4PackingFormat", "PLAIN")},
+       {"int4_choose_qparams_algorithm", member("Int4ChooseQParamsAlgorithm", "TINYGEMM")},
+       {"int4_tile_packed_ntile", 8}});
 }
 
 }  // namespace
 
 const std::vector<Scheme>& schemes() {
   static const std::vector<Scheme> all = {
-      {"int8wo", "int8 weights, a scale a row (TorchAO)", 0, int8_weight_only, to_int8,
-       int8_weight_only_config},
-      {"int8da8w", "int8 weights, and activations quantized as they come (TorchAO)", 0,
-       int8_dynamic, to_int8, int8_dynamic_config},
+      {"int8wo", "int8 weights, a scale a row or group (TorchAO)", "torchao", 0, true,
+       describe_int8wo, make_int8},
+      {"int8da8w", "int8 weights, inputs quantized to int8 as they come (TorchAO)", "torchao", 0,
+       false, describe_int8da8w, make_int8},
+      {"fp8wo", "float8 weights, a scale a row (TorchAO)", "torchao", 0, false, describe_fp8wo,
+       make_float8},
+      {"fp8da8w", "float8 weights, inputs quantized to float8 as they come (TorchAO)", "torchao", 0,
+       false, describe_fp8da8w, make_float8},
+      {"int4wo", "4-bit weights in groups of a row (TorchAO)", "torchao", kInt4Group, true,
+       describe_int4wo, make_int4},
+      {"nf4", "4-bit NormalFloat weights in blocks (bitsandbytes)", "bitsandbytes", kNf4Block, true,
+       describe_nf4, make_nf4},
   };
   return all;
 }
 
 const Scheme& find_scheme(std::string_view name) {
-  std::vector<std::string_view> known;
+  std::string known;
   for (const Scheme& scheme : schemes()) {
     if (scheme.name == name) return scheme;
-    known.push_back(scheme.name);
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", scheme.name);
   }
-  throw_error<ArgumentError>("scheme: got '{}', expected one of {}", name, fmt::join(known, ", "));
+  throw_error<ArgumentError>("unknown quantization scheme \"{}\"; there are {}", name, known);
+}
+
+Quantized quantize(const Scheme& scheme, const at::Tensor& weight, int64_t group_size) {
+  const at::ScalarType dtype = weight.scalar_type();
+  if (weight.dim() != 2 || weight.numel() == 0 ||
+      (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf)) {
+    throw_error<ArgumentError>(
+        "{}: got a weight of {} dimensions and {}, expected a matrix of "
+        "float32, bfloat16 or float16",
+        scheme.name, weight.dim(), tensor::dtype_name(dtype));
+  }
+  if (group_size < 0 || (group_size != 0 && !scheme.takes_group_size)) {
+    throw_error<ArgumentError>("{}: got groups of {}, and it {}", scheme.name, group_size,
+                               scheme.takes_group_size ? "takes positive ones" : "takes none");
+  }
+  Weight described = scheme.describe(weight.sizes().vec(), dtype, group_size);
+  return {std::move(described), scheme.quantize(weight, group_size)};
+}
+
+Json quantization_config(const Scheme& scheme, int64_t group_size,
+                         const std::vector<std::string>& skipped, at::ScalarType compute_dtype) {
+  const Json modules = skipped.empty() ? Json(nullptr) : Json(skipped);
+  if (scheme.quant_method == "torchao") {
+    return {{"quant_method", "torchao"},
+            {"quant_type", {{"default", torchao_config(scheme.name, group_size)}}},
+            {"modules_to_not_convert", modules}};
+  }
+  return {{"quant_method", "bitsandbytes"},
+          {"_load_in_8bit", false},
+          {"_load_in_4bit", true},
+          {"llm_int8_threshold", 6.0},
+          {"llm_int8_skip_modules", modules},
+          {"llm_int8_enable_fp32_cpu_offload", false},
+          {"llm_int8_has_fp16_weight", false},
+          {"bnb_4bit_quant_type", "nf4"},
+          {"bnb_4bit_use_double_quant", false},
+          {"bnb_4bit_compute_dtype", tensor::dtype_name(compute_dtype)},
+          {"bnb_4bit_quant_storage", "uint8"},
+          {"load_in_4bit", true},
+          {"load_in_8bit", false}};
 }
 
 }  // namespace ferry::quant

@@ -110,26 +110,6 @@ std::optional<ScaledMatrix> Int8Weight::as_scaled_matrix(ComponentTensors compon
   return ScaledMatrix{components[0], components[1].to(at::kFloat)};
 }
 
-nlohmann::ordered_json Int8Weight::torchao_metadata(at::ScalarType dtype) const {
-  using Json = nlohmann::ordered_json;
-  Json activation;
-  if (activation_ == Activation::int8_per_token) {
-    activation = {{"_type", "QuantizeTensorToInt8Kwargs"},
-                  {"_data",
-                   {{"granularity", {{"_type", "PerRow"}, {"_data", {{"dim", -1}}}}},
-                    {"mapping_type", {{"_type", "MappingType"}, {"_data", "SYMMETRIC"}}},
-                    {"reduce_range", false}}}};
-  }
-  Json names = has_zero_point_ ? Json{"zero_point", "qdata", "scale"} : Json{"qdata", "scale"};
-  return {{"_type", "Int8Tensor"},
-          {"_data",
-           {{"act_quant_kwargs", std::move(activation)},
-            {"reduce_range", false},
-            {"block_size", block_size_},
-            {"dtype", {{"_type", "torch.dtype"}, {"_data", tensor::dtype_name(dtype)}}}}},
-          {"_tensor_data_names", std::move(names)}};
-}
-
 std::shared_ptr<const QuantizedWeight> Int8Weight::with_rows(int64_t rows) const {
   std::vector<int64_t> block = block_size_;
   if (block[0] == this->rows() && block[1] == columns()) block[0] = rows;  // one scale in all

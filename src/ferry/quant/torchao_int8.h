@@ -20,7 +20,6 @@ class Int8Weight : public QuantizedWeight {
 
   std::string_view scheme() const override;
   Activation activation() const override { return activation_; }
-  nlohmann::ordered_json torchao_metadata(at::ScalarType dtype) const override;
   at::IntArrayRef block_size() const { return block_size_; }
   bool has_zero_point() const { return has_zero_point_; }
 
