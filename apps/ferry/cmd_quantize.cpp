@@ -82,7 +82,7 @@ int run_quantize(const QuantizeCommandOptions& options, Context& context) {
 std::string scheme_list() {
   std::string text;
   for (const quant::Scheme& scheme : quant::schemes())
-    text += fmt::format("\n  {:<10} {}", scheme.name, scheme.summary);
+    text += fmt::format("\n  {:<10} {}", scheme.name, scheme.description);
   return text;
 }
 

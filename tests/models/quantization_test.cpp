@@ -7,8 +7,8 @@ namespace {
 // The figures that a scheme promises are those of its arithmetic: of n levels across the widest
 // value of a row, normal weights keep about 6 dB a bit less what the row's peak costs.
 const std::vector<SchemeCase> kSchemes = {
-    {"int8wo", 0, 12, 35, 25},
-    {"int8da8w", 0, 12, 35, 20},
+    {"int8wo", 0, 12, 35, 25},  {"int8da8w", 0, 12, 35, 20}, {"fp8wo", 0, 11, 25, 20},
+    {"fp8da8w", 0, 11, 25, 15}, {"int4wo", 8, 9, 15, 8},     {"nf4", 64, 17, 15, 8},
 };
 
 std::vector<ModelCase> cases() {

@@ -84,7 +84,7 @@ TEST(Quantizing, RefusesWhatItCannotDo) {
     return message_of([&] { Quantizing(*model, options); });
   };
   EXPECT_THAT(quantize({.scheme = "int9"}), HasSubstr("int8wo"));
-  EXPECT_THAT(quantize({.scheme = "int8wo", .group_size = 32}), HasSubstr("has no groups"));
+  EXPECT_THAT(quantize({.scheme = "fp8wo", .group_size = 32}), HasSubstr("has no groups"));
   EXPECT_THAT(quantize({.scheme = "int8wo", .skip = {"no_such_layer"}}),
               HasSubstr("'no_such_layer' names no linear layer"));
 

@@ -61,8 +61,7 @@ Quantizing::Quantizing(Model& source, QuantizeOptions options)
     throw_error<ArgumentError>("{}: was made in memory and has no checkpoint to quantize",
                                source.class_name());
   }
-  if (options_.group_size == 0) options_.group_size = scheme_->group_size;
-  if (options_.group_size < 0 || (options_.group_size > 0 && scheme_->group_size == 0)) {
+  if (options_.group_size < 0 || (options_.group_size > 0 && !scheme_->takes_group_size)) {
     throw_error<ArgumentError>("group size: got {}, but {} has no groups", options_.group_size,
                                scheme_->name);
   }
@@ -74,7 +73,8 @@ Quantizing::Quantizing(Model& source, QuantizeOptions options)
     throw_error<ArgumentError>("{}: is quantized already; quantize the original",
                                source.class_name());
   }
-  config["quantization_config"] = scheme_->config(options_.group_size, options_.skip);
+  config["quantization_config"] =
+      quant::quantization_config(*scheme_, options_.group_size, options_.skip, source.dtype());
   target_ = make_model(source.class_name(), config);
 
   for (const weights::BoundSlot& bound : binding_->slots) {
@@ -95,11 +95,12 @@ Quantizing::Quantizing(Model& source, QuantizeOptions options)
     }
     auto bound = sources_.find(layer + ".weight");
     if (bound == sources_.end()) continue;
-    auto weight =
-        scheme_->describe(linear->weight.sizes(), bound->second->slot.dtype(), options_.group_size);
-    if (!weight) {
-      kept_.emplace_back(
-          layer, fmt::format("its {} columns do not fit {}", linear->in_features(), scheme_->name));
+    std::shared_ptr<const quant::QuantizedWeight> weight;
+    try {
+      weight = scheme_->describe(linear->weight.sizes().vec(), bound->second->slot.dtype(),
+                                 options_.group_size);
+    } catch (const ArgumentError& error) {
+      kept_.emplace_back(layer, error.what());
       continue;
     }
     linear->set_quantized_weight(weight);
@@ -136,7 +137,7 @@ void Quantizing::quantize(const Owner& owner) {
   at::NoGradGuard no_grad;
   const weights::BoundSlot& bound = source_of(owner.layer + ".weight");
   at::Tensor weight = weights::read_tensor(bound);
-  std::vector<at::Tensor> components = scheme_->quantize(weight, *owner.weight);
+  std::vector<at::Tensor> components = scheme_->quantize(weight, options_.group_size);
   layers_.push_back({owner.layer, weight.nbytes(), owner.weight->size_bytes(),
                      sqnr_db(weight, *owner.weight, components)});
   for (size_t i = 0; i < components.size(); ++i) {
