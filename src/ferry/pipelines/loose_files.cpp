@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "ferry/base/error.h"
+#include "ferry/models/config.h"
 #include "ferry/models/single_file.h"
+#include "ferry/pipelines/hub.h"
 #include "ferry/text/sentencepiece_model.h"
 
 namespace ferry::pipelines {
@@ -84,6 +86,19 @@ std::optional<text::SentencePieceModel> pieces_of(const models::SingleFile& file
   return pieces;
 }
 
+// The config of a pipeline's component without what the shapes in a file tell better: a file may be
+// FLUX.1-schnell where the folder is FLUX.1-dev. Empty where there is none.
+Json config_beside(const fs::path& folder, const std::string& component) {
+  const fs::path path = folder / component / "config.json";
+  if (folder.empty() || !fs::exists(path)) return Json::object();
+  Json config = models::read_config(path);
+  for (const char* told :
+       {"quantization_config", "guidance_embeds", "num_layers", "num_single_layers", "in_channels",
+        "joint_attention_dim", "pooled_projection_dim"})
+    config.erase(told);
+  return config;
+}
+
 Json scheduler_config(bool has_guidance) {
   Json config = {{"_class_name", "FlowMatchEulerDiscreteScheduler"},
                  {"base_image_seq_len", 256},
@@ -99,13 +114,14 @@ Json scheduler_config(bool has_guidance) {
 }  // namespace
 
 std::map<std::string, Component> load_loose_files(const LooseFiles& files,
-                                                  const PipelineLoadOptions& options) {
+                                                  const PipelineLoadOptions& options,
+                                                  const fs::path& folder) {
   std::map<std::string, Component> components;
-  for (const auto& [component, folder] : files.tokenizers) {
+  for (const auto& [component, tokenizer] : files.tokenizers) {
     const Slot& slot = slot_of(component, /*tokenizer=*/true);
     components[component].tokenizer =
-        text::Tokenizer::from_pretrained(folder, std::string(slot.class_name));
-    components[component].folder = folder;
+        text::Tokenizer::from_pretrained(tokenizer, std::string(slot.class_name));
+    components[component].folder = tokenizer;
   }
   for (const auto& [component, path] : files.models) {
     const Slot& slot = slot_of(component, /*tokenizer=*/false);
@@ -123,8 +139,8 @@ std::map<std::string, Component> load_loose_files(const LooseFiles& files,
             text::Tokenizer::from_sentencepiece(std::move(*pieces), path.string());
       }
     }
-    components[component].model =
-        models::bind_single_file(std::move(file), {.dtype = options.dtype.of(component)});
+    components[component].model = models::bind_single_file(
+        std::move(file), {.dtype = options.dtype.of(component)}, config_beside(folder, component));
   }
   return components;
 }
@@ -165,7 +181,8 @@ std::shared_ptr<DiffusionPipeline> load_pipeline(const std::string& folder_or_na
     if (files.empty()) throw ArgumentError("got neither a pipeline's folder nor files of models");
     return pipeline_of_loose_files(files, options);
   }
-  for (const auto& [name, component] : load_loose_files(files, options)) {
+  const fs::path folder = resolve_folder(folder_or_name);
+  for (const auto& [name, component] : load_loose_files(files, options, folder)) {
     // The folder's own tokenizer comes before one that is in a model's file.
     if (component.model || files.tokenizers.contains(name)) options.components[name] = component;
   }

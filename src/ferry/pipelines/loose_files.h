@@ -20,12 +20,15 @@ struct LooseFiles {
   bool empty() const { return models.empty() && tokenizers.empty(); }
 };
 
-// The files as components, for PipelineLoadOptions::components. A T5 text encoder in a GGUF file
-// that holds its tokenizer brings "tokenizer_2" too, unless a folder is given. Throws as
+// The files as components, for PipelineLoadOptions::components. `folder`, unless it is empty, is
+// the pipeline's: what no shape in a file tells (the size of a head, the axes of its rotation) is
+// taken from the component's config there. A T5 text encoder in a GGUF file that holds its
+// tokenizer brings "tokenizer_2" too, unless a folder is given. Throws as
 // models::load_single_file() and Tokenizer::from_pretrained(), ArgumentError for a file that holds
 // another kind of model than its component takes, and where options.quantize names one of them.
 std::map<std::string, Component> load_loose_files(const LooseFiles& files,
-                                                  const PipelineLoadOptions& options = {});
+                                                  const PipelineLoadOptions& options = {},
+                                                  const std::filesystem::path& folder = {});
 
 // A pipeline of nothing but loose files, with the scheduler of the published model: FluxPipeline,
 // FLUX.1-dev's or, where the transformer takes no guidance, FLUX.1-schnell's. Throws as above, and
