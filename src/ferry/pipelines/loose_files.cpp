@@ -1,5 +1,7 @@
 #include "ferry/pipelines/loose_files.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <array>
 #include <vector>
