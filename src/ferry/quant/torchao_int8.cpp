@@ -1,6 +1,7 @@
 #include "ferry/quant/torchao_int8.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <fmt/ranges.h>
 
 #include <cstddef>
@@ -42,6 +43,24 @@ at::Tensor by_blocks(const at::Tensor& tensor, at::IntArrayRef block) {
 // A value a block, against by_blocks().
 at::Tensor per_block(const at::Tensor& values) {
   return values.unsqueeze(1).unsqueeze(3);
+}
+
+// A scale a row, by the vectorised kernel: as fast as memory.
+Int8Components quantize_rows(const at::Tensor& weight) {
+  const RowKernels& kernels = row_kernels(weight.scalar_type());
+  at::Tensor rows = weight.contiguous();
+  const int64_t columns = rows.size(1), row_bytes = columns * static_cast<int64_t>(rows.itemsize());
+  at::Tensor q = at::empty(rows.sizes(), rows.options().dtype(at::kChar).requires_grad(false));
+  at::Tensor scale = at::empty({rows.size(0), 1}, q.options().dtype(at::kFloat));
+  const auto* from = static_cast<const std::byte*>(rows.const_data_ptr());
+  auto* into = q.mutable_data_ptr<int8_t>();
+  auto* scales = scale.mutable_data_ptr<float>();
+  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      scales[row] = kernels.quantize_int8(from + row * row_bytes, columns, into + row * columns);
+    }
+  });
+  return {q, scale, at::zeros_like(scale, at::kChar)};
 }
 
 }  // namespace
@@ -121,6 +140,9 @@ std::shared_ptr<const QuantizedWeight> Int8Weight::with_rows(int64_t rows) const
 
 Int8Components quantize_int8(const at::Tensor& weight, at::IntArrayRef block_size) {
   check_blocks(weight.sizes(), block_size);
+  if (weight.is_cpu() && block_size[0] == 1 && block_size[1] == weight.size(1)) {
+    return quantize_rows(weight);
+  }
   at::Tensor blocks = by_blocks(weight.detach(), block_size);
   // In the weight's own dtype, as torchao does: the scale of a bfloat16 weight is a bfloat16.
   at::Tensor scale = (blocks.abs().amax({1, 3}, /*keepdim=*/true) / 127.5).clamp_min(0x1p-23);
