@@ -8,6 +8,7 @@
 
 #include "ferry/base/error.h"
 #include "ferry/quant/gguf_blocks.h"
+#include "ferry/quant/row_kernels.h"
 
 namespace ferry::quant {
 
@@ -266,12 +267,36 @@ at::Tensor Gguf::dequantize(ComponentTensors components, at::ScalarType dtype) c
   return dequantize_blocks(blocks, type_).view({rows(), columns()}).to(dtype);
 }
 
+namespace {
+
+// The vectorised kernel of the types that most files are made of; null for the others.
+auto row_kernel(const RowKernels& kernels, io::GgmlType type) -> decltype(kernels.gguf_q8_0) {
+  switch (type) {
+    case io::GgmlType::Q8_0:
+      return kernels.gguf_q8_0;
+    case io::GgmlType::Q4_0:
+      return kernels.gguf_q4_0;
+    case io::GgmlType::Q4_K:
+      return kernels.gguf_q4_k;
+    case io::GgmlType::Q6_K:
+      return kernels.gguf_q6_k;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace
+
 void Gguf::dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                            at::ScalarType dtype, void* into) const {
-  const DequantizeBlocks dequantize = find_dequantize(type_);
   const int64_t row_bytes = components[0].size(1);
-  const int64_t blocks = columns() / io::block_elements(type_);
   const auto* from = static_cast<const std::byte*>(components[0].const_data_ptr());
+  if (auto kernel = row_kernel(row_kernels(dtype), type_)) {
+    kernel(from + first * row_bytes, count * columns(), into);
+    return;
+  }
+  const DequantizeBlocks dequantize = find_dequantize(type_);
+  const int64_t blocks = columns() / io::block_elements(type_);
   if (dtype == at::kFloat) {
     dequantize(from + first * row_bytes, count * blocks, static_cast<float*>(into));
     return;
@@ -284,11 +309,8 @@ void Gguf::dequantize_rows(ComponentTensors components, int64_t first, int64_t c
     dequantize(from + (first + i) * row_bytes, blocks, row.data());
     if (dtype == at::kBFloat16) {
       round_to<at::BFloat16>(row, out + i * out_bytes);
-    } else if (dtype == at::kHalf) {
-      round_to<at::Half>(row, out + i * out_bytes);
     } else {
-      throw_error<ArgumentError>("{}: got {}, expected float32, bfloat16 or float16", scheme(),
-                                 at::toString(dtype));
+      round_to<at::Half>(row, out + i * out_bytes);
     }
   }
 }
