@@ -280,7 +280,7 @@ def torchao_encoders():
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------
 
 def flat_blocks(qdata, state):
-    """Blocks over the flattened weight, as bitsandbytes quantizes and as its CUDA and torch code dequantize.
+    """Blocks over the flattened weight, as bitsandbytes quantizes and as its torch code dequantizes.
 
     The AVX-512 kernel of bitsandbytes 0.50.2 is wrong by whole scales where a row is a multiple of 32 values but not of
     the blocks (dequantizing what it quantized misses by more than a block's greatest value), so it is the reference
