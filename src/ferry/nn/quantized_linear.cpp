@@ -4,13 +4,10 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,62 +25,12 @@ using quant::ComponentTensors;
 using quant::QuantizedWeight;
 using quant::ScaledMatrix;
 
-constexpr std::array<std::pair<QuantizedKernel, std::string_view>, 7> kNames{{
-    {QuantizedKernel::dequantize, "dequantize"},
-    {QuantizedKernel::dequantize_blocks, "dequantize_blocks"},
-    {QuantizedKernel::upcast_blocks, "upcast_blocks"},
-    {QuantizedKernel::int8_blocks, "int8_blocks"},
-    {QuantizedKernel::int8_as_float, "int8_as_float"},
-    {QuantizedKernel::int8_mm, "int8_mm"},
-    {QuantizedKernel::float8_mm, "float8_mm"},
-}};
-
 // Widened pieces of the input: larger than blocks of weights, since each reads all weights again.
 constexpr int64_t kInputBlockBytes = 32 << 20;
 // Rows of the input that share one pass over int8 weights.
 constexpr int64_t kInt8Rows = 4096;
 constexpr int64_t kFewestRows = 16;
 constexpr double kFloat8Max = 448.0;  // e4m3
-
-bool int8_instructions(const CpuFeatures& features) {
-  auto allowed = [&](std::initializer_list<std::string_view> words) {
-    const std::string& isa = features.max_isa;
-    return isa.empty() || isa == "ALL" || isa == "DEFAULT" ||
-           std::any_of(words.begin(), words.end(),
-                       [&](std::string_view word) { return isa.find(word) != std::string::npos; });
-  };
-  if (!features.onednn) return false;
-  return (features.avx512_vnni && allowed({"AVX512_CORE_VNNI", "BF16", "FP16", "AMX", "AVX10"})) ||
-         (features.amx_int8 && allowed({"AMX", "AVX10"})) ||
-         (features.avx_vnni && allowed({"VNNI", "BF16", "FP16", "AMX", "AVX10"}));
-}
-
-bool is_float8(Activation activation) {
-  return activation == Activation::float8_per_token || activation == Activation::float8_per_tensor;
-}
-
-QuantizedKernelChoice choose_on_accelerator(const QuantizedCase& what) {
-  using enum QuantizedKernel;
-  if (what.activation == Activation::as_is) return {dequantize, "not on a CPU"};
-  bool int8 = what.activation == Activation::int8_per_token && what.matrix == at::kChar;
-  bool float8 = is_float8(what.activation) && what.matrix == at::kFloat8_e4m3fn;
-  if (!int8 && !float8) return {dequantize, "the weight is no matrix of that type with scales"};
-  if (!what.multiplies_matrix) return {dequantize, "the device multiplies no such matrices"};
-  // cuBLAS's conditions.
-  int64_t unit = int8 ? 8 : 16;
-  if (what.in_features % unit != 0 || what.out_features % unit != 0) {
-    return {dequantize, "the device's kernel wants sizes divisible by 8 (int8) or 16 (float8)"};
-  }
-  if (int8) {
-    return what.x_rows > 16 ? QuantizedKernelChoice{int8_mm, "the device multiplies int8"}
-                            : QuantizedKernelChoice{dequantize, "16 rows of input or fewer"};
-  }
-  if (what.scale_per_row != (what.activation == Activation::float8_per_token)) {
-    return {dequantize, "scales of weight and input are of different kinds"};
-  }
-  if (what.dtype != at::kBFloat16) return {dequantize, "the device's kernel gives bfloat16"};
-  return {float8_mm, "the device multiplies float8"};
-}
 
 // Whether the device multiplies matrices of `type`, asked once for each device.
 bool multiplies(at::Device device, at::ScalarType type) {
@@ -123,46 +70,6 @@ QuantizedCase case_of(const at::Tensor& x, const QuantizedWeight& weight,
     what.multiplies_matrix = !x.is_cpu() && multiplies(x.device(), what.matrix);
   }
   return what;
-}
-
-std::optional<QuantizedKernel> forced_kernel() {
-  static const auto forced = []() -> std::optional<QuantizedKernel> {
-    const char* text = std::getenv("FERRY_QUANTIZED_KERNEL");
-    if (!text || !*text) return {};
-    for (const auto& [kernel, word] : kNames) {
-      bool on_cpu = kernel != QuantizedKernel::int8_mm && kernel != QuantizedKernel::float8_mm;
-      if (word == text && on_cpu) return kernel;
-    }
-    throw_error<ArgumentError>(
-        "FERRY_QUANTIZED_KERNEL: got '{}', expected dequantize, dequantize_blocks, upcast_blocks, "
-        "int8_blocks or int8_as_float",
-        text);
-  }();
-  return forced;
-}
-
-QuantizedKernelChoice choose_for_this_machine(const QuantizedCase& what) {
-  QuantizedKernelChoice choice = choose_quantized_kernel(what, cpu_features());
-  if (choice.kernel == QuantizedKernel::dequantize_blocks && what.dtype != at::kFloat &&
-      choose_linear_kernel(what.device, what.dtype).kernel == LinearKernel::upcast_blocks) {
-    choice = {QuantizedKernel::upcast_blocks, "FERRY_LINEAR_KERNEL"};
-  }
-  std::optional<QuantizedKernel> forced = forced_kernel();
-  if (forced && what.device.is_cpu() && !what.records_gradient) {
-    bool int8 =
-        *forced == QuantizedKernel::int8_blocks || *forced == QuantizedKernel::int8_as_float;
-    if (!int8 || (what.activation == Activation::int8_per_token && what.matrix == at::kChar)) {
-      choice = {*forced, "FERRY_QUANTIZED_KERNEL"};
-    }
-  }
-  static std::mutex mutex;
-  static std::set<std::pair<QuantizedKernel, std::string_view>> logged;
-  std::lock_guard lock(mutex);
-  if (logged.emplace(choice.kernel, choice.reason).second) {
-    log::debug("quantized linear layers on {}: {} kernel ({})", what.device.str(),
-               name(choice.kernel), choice.reason);
-  }
-  return choice;
 }
 
 // One scale a row of x, or for all of it, and the whole numbers in float32.
@@ -402,39 +309,15 @@ at::Tensor run(QuantizedKernel kernel, const at::Tensor& x, const QuantizedWeigh
 
 }  // namespace
 
-std::string_view name(QuantizedKernel kernel) {
-  return kNames[static_cast<size_t>(kernel)].second;
-}
-
 int64_t scratch_bytes(int threads) {
   return std::max<int64_t>(16, 2 * int64_t{threads}) << 20;
-}
-
-QuantizedKernelChoice choose_quantized_kernel(const QuantizedCase& what,
-                                              const CpuFeatures& features) {
-  using enum QuantizedKernel;
-  if (what.records_gradient) return {dequantize, "a gradient is recorded"};
-  if (!what.device.is_cpu()) return choose_on_accelerator(what);
-  if (what.dtype != at::kFloat && what.dtype != at::kBFloat16 && what.dtype != at::kHalf) {
-    return {dequantize, "the input is neither float32, bfloat16 nor float16"};
-  }
-  if (what.activation == Activation::int8_per_token && what.matrix == at::kChar) {
-    return int8_instructions(features)
-               ? QuantizedKernelChoice{int8_blocks, "the CPU has dot products of int8"}
-               : QuantizedKernelChoice{int8_as_float,
-                                       "the CPU has no dot products of int8, or "
-                                       "oneDNN may not use them"};
-  }
-  if (what.dtype == at::kFloat) return {dequantize_blocks, "the input is float32"};
-  LinearKernelChoice plain = choose_linear_kernel(what.device, what.dtype, features);
-  return {plain.kernel == LinearKernel::native ? dequantize_blocks : upcast_blocks, plain.reason};
 }
 
 at::Tensor quantized_linear(const at::Tensor& x, const QuantizedWeight& weight,
                             ComponentTensors components, const at::Tensor& bias) {
   std::optional<ScaledMatrix> matrix;
   if (weight.activation() != Activation::as_is) matrix = weight.as_scaled_matrix(components);
-  QuantizedKernel kernel = choose_for_this_machine(case_of(x, weight, matrix, bias)).kernel;
+  QuantizedKernel kernel = choose_quantized_kernel(case_of(x, weight, matrix, bias)).kernel;
   return run(kernel, x, weight, components, matrix, bias);
 }
 

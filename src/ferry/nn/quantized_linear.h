@@ -48,10 +48,12 @@ struct QuantizedCase {
 };
 
 // Pure. FERRY_QUANTIZED_KERNEL=dequantize|dequantize_blocks|upcast_blocks|int8_blocks|int8_as_float
-// (read once, by quantized_linear) overrides it on CPUs, where the named kernel can compute the
-// case and no gradient is recorded.
+// (read once, by the function below) overrides it on CPUs, where the named kernel can compute the
+// case and no gradient is recorded; FERRY_LINEAR_KERNEL decides between native and widened blocks.
 QuantizedKernelChoice choose_quantized_kernel(const QuantizedCase& what,
                                               const CpuFeatures& features);
+// For this machine; logs each outcome once.
+QuantizedKernelChoice choose_quantized_kernel(const QuantizedCase& what);
 
 // x [..., in], bias [out] or undefined -> [..., out], in the dtype of `x`. An input that the scheme
 // quantizes dynamically is quantized as TorchAO does it. int8: the result is TorchAO's bit for bit
