@@ -1,17 +1,15 @@
 #include "ferry/models/quantizing.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cmath>
-#include <mutex>
 
 #include "ferry/base/error.h"
 #include "ferry/models/stored_binding.h"
 #include "ferry/nn/linear.h"
+#include "ferry/quant/sqnr.h"
 #include "ferry/weights/lossless_pack.h"
 #include "ferry/weights/pack_cache.h"
 #include "ferry/weights/stub.h"
@@ -23,27 +21,6 @@ namespace {
 // As diffusers' TorchAO quantizer: the layer by its name, or by dotted parts that it contains.
 bool names_layer(const std::string& pattern, const std::string& layer) {
   return (layer + ".").find(pattern + ".") != std::string::npos;
-}
-
-double sqnr_db(const at::Tensor& weight, const quant::QuantizedWeight& description,
-               quant::ComponentTensors components) {
-  constexpr int64_t kRows = 64;
-  double signal = 0, noise = 0;
-  std::mutex mutex;
-  at::parallel_for(0, (weight.size(0) + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    at::NoGradGuard no_grad;
-    const int64_t first = begin * kRows, count = std::min(end * kRows, weight.size(0)) - first;
-    at::Tensor rows = at::empty({count, weight.size(1)}, at::kFloat);
-    description.dequantize_rows(components, first, count, at::kFloat, rows.mutable_data_ptr());
-    at::Tensor exact = weight.narrow(0, first, count).to(at::kFloat);
-    const double part_signal = exact.square().sum(at::kDouble).item<double>();
-    const double part_noise = (exact - rows).square().sum(at::kDouble).item<double>();
-    std::lock_guard lock(mutex);
-    signal += part_signal;
-    noise += part_noise;
-  });
-  if (noise == 0) return std::numeric_limits<double>::infinity();
-  return 10 * std::log10(signal / noise);
 }
 
 void write_tensor(const at::Tensor& tensor, io::SafetensorsWriter& writer) {
@@ -139,7 +116,7 @@ void Quantizing::quantize(const Owner& owner) {
   at::Tensor weight = weights::read_tensor(bound);
   std::vector<at::Tensor> components = scheme_->quantize(weight, options_.group_size);
   layers_.push_back({owner.layer, weight.nbytes(), owner.weight->size_bytes(),
-                     sqnr_db(weight, *owner.weight, components)});
+                     quant::sqnr_db(weight, *owner.weight, components)});
   for (size_t i = 0; i < components.size(); ++i) {
     components_[fmt::format("{}.weight_{}", owner.layer, owner.weight->components()[i].name)] =
         components[i];

@@ -65,6 +65,12 @@ void Float8Weight::dequantize_rows(ComponentTensors components, int64_t first, i
   }
 }
 
+std::optional<ScaledMatrix> Float8Weight::as_scaled_matrix(ComponentTensors components) const {
+  const bool by_row = scale_columns_ == 1 && (scale_rows_ == rows() || scale_rows_ == 1);
+  if (!options_.scale_shape || !by_row || options_.activation == Activation::as_is) return {};
+  return ScaledMatrix{components[0], components[1].view({scale_rows_, 1})};
+}
+
 std::shared_ptr<const QuantizedWeight> Float8Weight::with_rows(int64_t rows) const {
   Options options = options_;
   if (scale_rows_ != 1) {

@@ -33,6 +33,7 @@ class Float8Weight : public QuantizedWeight {
   at::Tensor dequantize(ComponentTensors components, at::ScalarType dtype) const override;
   void dequantize_rows(ComponentTensors components, int64_t first, int64_t count,
                        at::ScalarType dtype, void* into) const override;
+  std::optional<ScaledMatrix> as_scaled_matrix(ComponentTensors components) const override;
 
  protected:
   std::shared_ptr<const QuantizedWeight> with_rows(int64_t rows) const override;
