@@ -26,7 +26,9 @@ struct Stored {
     checkpoint = weights::Checkpoint::open_folder(kClip, "model");
     weights.plain = checkpoint->tensors();
     std::erase_if(weights.plain, [&](const auto& tensor) { return tensor.key == name; });
-    at::Tensor plain = weights::read_stored(*checkpoint->find(name));
+    const weights::StoredTensor* source = checkpoint->find(name);
+    if (!source) throw_error<Error>("the fixture has no {}", name);
+    at::Tensor plain = weights::read_stored(*source);
     auto parts = quant::quantize_int8(plain, {1, plain.size(1)});
     const std::vector<std::pair<std::string, at::Tensor>> tensors = {{"qdata", parts.qdata},
                                                                      {"scale", parts.scale}};
@@ -54,7 +56,7 @@ std::shared_ptr<Model> empty_model() {
 
 TEST(StoredBinding, ComponentsAreSlotsThatACastLeavesAlone) {
   testing::TemporaryFolder folder;
-  const std::string name = "text_model.encoder.layers.0.self_attn.q_proj.weight";
+  const std::string name = "encoder.layers.0.self_attn.q_proj.weight";
   Stored stored(name, folder.path());
   auto model = empty_model();
   auto binding = stored.bind(*model, at::kBFloat16);
@@ -72,7 +74,7 @@ TEST(StoredBinding, ComponentsAreSlotsThatACastLeavesAlone) {
 
 TEST(StoredBinding, AQuantizedTableOfSeveralComponentsIsRefused) {
   testing::TemporaryFolder folder;
-  Stored stored("text_model.embeddings.token_embedding.weight", folder.path());
+  Stored stored("embeddings.token_embedding.weight", folder.path());
   auto model = empty_model();
   try {
     stored.bind(*model);
@@ -85,9 +87,9 @@ TEST(StoredBinding, AQuantizedTableOfSeveralComponentsIsRefused) {
 
 TEST(StoredBinding, AnotherShapeIsRefused) {
   testing::TemporaryFolder folder;
-  Stored stored("text_model.encoder.layers.0.mlp.fc1.weight", folder.path());
-  auto node = stored.weights.quantized.extract("text_model.encoder.layers.0.mlp.fc1.weight");
-  node.key() = "text_model.encoder.layers.0.mlp.fc2.weight";
+  Stored stored("encoder.layers.0.mlp.fc1.weight", folder.path());
+  auto node = stored.weights.quantized.extract("encoder.layers.0.mlp.fc1.weight");
+  node.key() = "encoder.layers.0.mlp.fc2.weight";
   stored.weights.quantized.insert(std::move(node));
   auto model = empty_model();
   try {

@@ -206,7 +206,8 @@ void Client::note_compute_locked(Clock::time_point until) {
 void Client::measure_pass_locked() {
   // The first pass pays for pages that are touched for the first time.
   constexpr int kMeasured = 2;
-  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 || followers_ > 0 ||
+  // Passes in lockstep end as one: each group's compute is that of all of them.
+  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
       ++measured_passes_ != kMeasured)
     return;
   Measured& measured = measured_[reads_packs_];
