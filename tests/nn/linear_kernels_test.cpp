@@ -124,5 +124,36 @@ TEST(Linear, TrainsThroughBothKernels) {
                            0.02, 0.02));
 }
 
+// A streamed weight lies at its file's offset, of which only the item's size is a divisor.
+TEST(Linear, IsTheSameWhereverTheWeightLies) {
+  at::manual_seed(5);
+  for (at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    for (int64_t rows : {1, 2, 7, 64}) {
+      for (auto [out, in] : {std::pair<int64_t, int64_t>{24, 16}, {96, 24}, {64, 384}}) {
+        at::Tensor weight = at::randn({out, in}).to(dtype), x = at::randn({rows, in}).to(dtype);
+        at::Tensor bias = at::randn({out}).to(dtype);
+        at::Tensor expected = linear(x, weight, bias);
+        at::Tensor space = at::empty({weight.numel() + 64}, weight.options());
+        for (int64_t shift = 1; shift < 32; shift += 3) {
+          at::Tensor moved = space.narrow(0, shift, weight.numel()).view({out, in}).copy_(weight);
+          EXPECT_TRUE(at::equal(linear(x, moved, bias), expected))
+              << dtype << " [" << out << ", " << in << "], " << rows << " rows, shift " << shift;
+        }
+      }
+    }
+  }
+}
+
+TEST(Linear, OneRowOfFloat32KeepsShapeAndGradient) {
+  at::manual_seed(6);
+  at::Tensor weight = at::randn({5, 3}), bias = at::randn({5});
+  at::Tensor x = at::randn({1, 1, 3}).requires_grad_();
+  at::Tensor out = linear(x, weight, bias);
+  EXPECT_EQ(out.sizes(), at::IntArrayRef({1, 1, 5}));
+  EXPECT_TRUE(at::allclose(out, at::linear(x, weight, bias), 1e-6, 1e-6));
+  out.sum().backward();
+  EXPECT_TRUE(at::allclose(x.grad().view({3}), weight.sum(0), 1e-6, 1e-6));
+}
+
 }  // namespace
 }  // namespace ferry::nn

@@ -79,9 +79,9 @@ TEST_F(Files, QuantizedOnesStreamBitForBit) {
 TEST_F(Files, WhatIsMissingIsNamed) {
   EXPECT_THAT(
       error_of<ArgumentError>([&] {
-        load_pipeline("", {.models = {{"transformer", files.models["transformer"]}}}, options);
+        load_pipeline("", {.models = {{"text_encoder", files.models["text_encoder"]}}}, options);
       }),
-      AllOf(HasSubstr("--vae"), HasSubstr("--text-encoder-2"), HasSubstr("--tokenizer")));
+      AllOf(HasSubstr("--transformer"), HasSubstr("--vae"), HasSubstr("--tokenizer")));
   EXPECT_THAT(error_of<ArgumentError>([&] { load_pipeline("", {}, options); }),
               HasSubstr("neither a pipeline's folder nor files"));
   EXPECT_THAT(

@@ -198,6 +198,21 @@ bool is_narrow(const at::Tensor& weight, const at::Tensor& x) {
   return at::isFloat8Type(weight.scalar_type()) && !at::isFloat8Type(x.scalar_type());
 }
 
+bool is_one_row_of_float32(const at::Tensor& x) {
+  return x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() > 0 && x.numel() > 0 &&
+         x.numel() == x.size(-1);
+}
+
+// The library's product of a vector sums in an order that depends on the weight's address modulo
+// 16, and a streamed weight lies where its file has it. That of two rows does not.
+at::Tensor linear_of_one_row(const at::Tensor& x, const at::Tensor& weight,
+                             const at::Tensor& bias) {
+  at::Tensor twice = x.reshape({1, x.size(-1)}).expand({2, x.size(-1)});
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return at::linear(twice, weight, optional_tensor(bias)).narrow(0, 0, 1).reshape(shape);
+}
+
 at::Tensor widened_to(const at::Tensor& tensor, at::ScalarType dtype) {
   return tensor.defined() ? tensor.to(dtype) : tensor;
 }
@@ -207,6 +222,7 @@ at::Tensor widened_to(const at::Tensor& tensor, at::ScalarType dtype) {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   if (is_narrow(weight, x))
     return linear(x, weight.to(x.scalar_type()), widened_to(bias, x.scalar_type()));
+  if (is_one_row_of_float32(x)) return linear_of_one_row(x, weight, bias);
   if (!use_upcast(x, weight)) return at::linear(x, weight, optional_tensor(bias));
   if (records_gradient(x, weight, bias)) {
     return at::linear(x.to(at::kFloat), weight.to(at::kFloat), widened(bias)).to(x.scalar_type());

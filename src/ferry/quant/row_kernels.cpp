@@ -149,7 +149,7 @@ Simd find_best_simd() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return Simd::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Simd::avx2;
+  if (__builtin_cpu_supports("avx2")) return Simd::avx2;  // which no CPU has without F16C
 #endif
   return Simd::scalar;
 }
