@@ -42,8 +42,11 @@ if(LibTorch_FOUND AND NOT TARGET ferry::torch)
   add_library(ferry::torch INTERFACE IMPORTED)
   target_include_directories(ferry::torch SYSTEM INTERFACE
     "${LibTorch_ROOT}/include" "${LibTorch_ROOT}/include/torch/csrc/api/include")
-  # -fopenmp: without it at::parallel_for in our own sources is silently serial.
-  target_compile_options(ferry::torch INTERFACE ${OpenMP_CXX_FLAGS})
+  # -fopenmp: without it at::parallel_for in our own sources is silently serial. Which suits fuzzing:
+  # clang's code calls a runtime that libgomp is not.
+  if(NOT FERRY_FUZZ)
+    target_compile_options(ferry::torch INTERFACE ${OpenMP_CXX_FLAGS})
+  endif()
   # The OpenMP runtime that torch itself uses: a second one would compete with it for the cores.
   file(GLOB _gomp "${LibTorch_ROOT}/lib/libgomp*.so*")
   target_link_libraries(ferry::torch INTERFACE

@@ -3,6 +3,7 @@
 
 #include "ferry/testing/fake_accelerator.h"
 #include "ferry/testing/memory_suites.h"
+#include "ferry/testing/quantization_suites.h"
 
 namespace ferry::testing {
 namespace {
@@ -22,6 +23,11 @@ const auto* const kEnvironment = ::testing::AddGlobalTestEnvironment(new OnTheFa
 
 INSTANTIATE_TEST_SUITE_P(Fake, MemoryTester,
                          ::testing::ValuesIn(cases_in(FERRY_FIXTURES "/models")), case_name);
+INSTANTIATE_TEST_SUITE_P(Fake, QuantizationTester,
+                         ::testing::Combine(::testing::ValuesIn(one_of_each_class(FERRY_FIXTURES
+                                                                                  "/models")),
+                                            ::testing::ValuesIn(scheme_cases())),
+                         quantization_case_name);
 
 }  // namespace
 }  // namespace ferry::testing

@@ -8,7 +8,9 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -37,6 +39,30 @@ struct SchemeCase {
 
   friend void PrintTo(const SchemeCase& value, std::ostream* out) { *out << value.scheme; }
 };
+
+// Scheme, group size; bits a value, and bytes a row, group and weight of float32; the ratios of
+// signal to noise that its arithmetic gives normal weights (about 6 dB a bit, less what the row's
+// peak costs) and that a tiny model's output keeps of them.
+inline const std::vector<SchemeCase>& scheme_cases() {
+  static const std::vector<SchemeCase> cases = {
+      {"int8wo", 0, 8, 5, 0, 0, 35, 25}, {"int8da8w", 0, 8, 5, 0, 0, 35, 20},
+      {"fp8wo", 0, 8, 4, 0, 0, 25, 20},  {"fp8da8w", 0, 8, 4, 0, 0, 25, 15},
+      {"int4wo", 8, 4, 0, 8, 0, 15, 8},  {"nf4", 64, 4, 0, 4, 64, 15, 8},
+  };
+  return cases;
+}
+
+// What one fixture of a class shows, the others would.
+inline std::vector<ModelCase> one_of_each_class(const std::filesystem::path& folder) {
+  std::vector<ModelCase> cases = cases_in(folder);
+  std::erase_if(cases, [](const ModelCase& one) { return !one.name.ends_with("0"); });
+  return cases;
+}
+
+inline std::string quantization_case_name(
+    const ::testing::TestParamInfo<std::tuple<ModelCase, SchemeCase>>& info) {
+  return std::get<0>(info.param).name + "_" + std::get<1>(info.param).scheme;
+}
 
 inline double output_sqnr_db(const models::NamedTensors& got,
                              const models::NamedTensors& expected) {
