@@ -114,7 +114,8 @@ void Quantizing::quantize(const Owner& owner) {
   at::NoGradGuard no_grad;
   const weights::BoundSlot& bound = source_of(owner.layer + ".weight");
   at::Tensor weight = weights::read_tensor(bound);
-  std::vector<at::Tensor> components = scheme_->quantize(weight, options_.group_size);
+  std::vector<at::Tensor> components =
+      quant::quantize(*scheme_, weight, options_.group_size).components;
   layers_.push_back({owner.layer, weight.nbytes(), owner.weight->size_bytes(),
                      quant::sqnr_db(weight, *owner.weight, components)});
   for (size_t i = 0; i < components.size(); ++i) {

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "ferry/base/error.h"
@@ -74,6 +75,27 @@ Weight describe_nf4(Shape shape, at::ScalarType, int64_t group_size) {
 std::vector<at::Tensor> make_nf4(const at::Tensor& weight, int64_t group_size) {
   Nf4Components made = quantize_nf4(weight, group_size == 0 ? kNf4Block : group_size);
   return {made.qdata, made.absmax, made.quant_map};
+}
+
+// --- some rows at a time ---
+
+// Rows that begin and end with blocks of the flattened weight, whatever the columns.
+int64_t rows_at_once(int64_t columns, int64_t group_size) {
+  constexpr int64_t kValues = 1 << 20;
+  const int64_t unit = std::max<int64_t>(kNf4Block, group_size);
+  return std::max<int64_t>(1, kValues / std::max<int64_t>(1, columns) / unit) * unit;
+}
+
+// Puts a part into the whole along the dimension in which they differ, from `filled` on. Returns
+// the part's extent there; what all parts share (a codebook) is simply put.
+int64_t put_part(const at::Tensor& part, int64_t filled, at::Tensor& whole) {
+  for (int64_t dim = 0; dim < whole.dim(); ++dim) {
+    if (part.size(dim) == whole.size(dim)) continue;
+    whole.narrow(dim, filled, part.size(dim)).copy_(part);
+    return part.size(dim);
+  }
+  whole.copy_(part);
+  return 0;
 }
 
 // --- quantization_config ---
@@ -178,8 +200,18 @@ Quantized quantize(const Scheme& scheme, const at::Tensor& weight, int64_t group
     throw_error<ArgumentError>("{}: got groups of {}, and it {}", scheme.name, group_size,
                                scheme.takes_group_size ? "takes positive ones" : "takes none");
   }
-  Weight described = scheme.describe(weight.sizes().vec(), dtype, group_size);
-  return {std::move(described), scheme.quantize(weight, group_size)};
+  Quantized made{scheme.describe(weight.sizes().vec(), dtype, group_size), {}};
+  for (const Component& component : made.weight->components())
+    made.components.push_back(at::empty(component.shape, tensor::to_torch(component.dtype)));
+  const int64_t step = rows_at_once(weight.size(1), group_size);
+  std::vector<int64_t> filled(made.components.size());
+  for (int64_t row = 0; row < weight.size(0); row += step) {
+    const int64_t count = std::min(step, weight.size(0) - row);
+    std::vector<at::Tensor> part = scheme.quantize(weight.narrow(0, row, count), group_size);
+    for (size_t i = 0; i < part.size(); ++i)
+      filled[i] += put_part(part[i], filled[i], made.components[i]);
+  }
+  return made;
 }
 
 Json quantization_config(const Scheme& scheme, int64_t group_size,

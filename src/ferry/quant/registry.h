@@ -39,6 +39,7 @@ struct Quantized {
   std::shared_ptr<const QuantizedWeight> weight;
   std::vector<at::Tensor> components;
 };
+// A few rows at a time, so that what is needed beside weight and components is a few dozen MiB.
 // Throws ArgumentError: a weight that is no matrix or of another dtype, a group size that the
 // scheme does not take or that does not divide the weight.
 Quantized quantize(const Scheme& scheme, const at::Tensor& weight, int64_t group_size = 0);

@@ -15,14 +15,20 @@ double sqnr_db(const at::Tensor& weight, const quant::QuantizedWeight& descripti
   constexpr int64_t kRows = 64;
   double signal = 0, noise = 0;
   std::mutex mutex;
-  at::parallel_for(0, (weight.size(0) + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (weight.size(0) + kRows - 1) / kRows;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     at::NoGradGuard no_grad;
-    const int64_t first = begin * kRows, count = std::min(end * kRows, weight.size(0)) - first;
-    at::Tensor rows = at::empty({count, weight.size(1)}, at::kFloat);
-    description.dequantize_rows(components, first, count, at::kFloat, rows.mutable_data_ptr());
-    at::Tensor exact = weight.narrow(0, first, count).to(at::kFloat);
-    const double part_signal = exact.square().sum(at::kDouble).item<double>();
-    const double part_noise = (exact - rows).square().sum(at::kDouble).item<double>();
+    double part_signal = 0, part_noise = 0;
+    for (int64_t first = begin * kRows; first < std::min(end * kRows, weight.size(0));
+         first += kRows) {
+      const int64_t count = std::min(kRows, weight.size(0) - first);
+      at::Tensor rows = at::empty({count, weight.size(1)}, at::kFloat);
+      description.dequantize_rows(components, first, count, at::kFloat, rows.mutable_data_ptr());
+      at::Tensor exact = weight.narrow(0, first, count).to(at::kFloat).contiguous();
+      at::Tensor difference = exact - rows;
+      part_signal += at::dot(exact.view(-1), exact.view(-1)).item<double>();
+      part_noise += at::dot(difference.view(-1), difference.view(-1)).item<double>();
+    }
     std::lock_guard lock(mutex);
     signal += part_signal;
     noise += part_noise;
