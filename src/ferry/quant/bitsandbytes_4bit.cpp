@@ -1,6 +1,7 @@
 #include "ferry/quant/bitsandbytes_4bit.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
@@ -169,6 +170,34 @@ StoredQuantized BitsAndBytes4bitWeight::rows_of(const std::vector<weights::Store
   return part;
 }
 
+namespace {
+
+// For each value how many of the 15 borders lie below it; even ones in the high half of their byte.
+at::Tensor nearest_codes(const at::Tensor& values, const float* borders) {
+  constexpr int64_t kAtOnce = 64;
+  const int64_t bytes = values.numel() / 2;
+  at::Tensor packed = at::empty({bytes, 1}, at::kByte);
+  const float* from = values.const_data_ptr<float>();
+  auto* into = packed.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, (bytes + kAtOnce - 1) / kAtOnce, 64, [&](int64_t begin, int64_t end) {
+    std::array<float, 2 * kAtOnce> value{};
+    std::array<int32_t, 2 * kAtOnce> code;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * kAtOnce, count = std::min(kAtOnce, bytes - first);
+      std::copy_n(from + 2 * first, 2 * count, value.begin());
+      code.fill(0);
+      for (int border = 0; border < 15; ++border) {
+        for (int64_t i = 0; i < 2 * kAtOnce; ++i) code[i] += value[i] > borders[border] ? 1 : 0;
+      }
+      for (int64_t i = 0; i < count; ++i)
+        into[first + i] = static_cast<uint8_t>(code[2 * i] << 4 | code[2 * i + 1]);
+    }
+  });
+  return packed;
+}
+
+}  // namespace
+
 Nf4Components quantize_nf4(const at::Tensor& weight, int64_t block_size) {
   if (weight.dim() != 2 || block_size < 2 || block_size % 2 != 0) {
     throw_error<ArgumentError>(
@@ -193,9 +222,7 @@ Nf4Components quantize_nf4(const at::Tensor& weight, int64_t block_size) {
     scaled = at::cat({scaled, (rest / greatest).clamp(-1, 1)});
   }
   if (count % 2 != 0) scaled = at::constant_pad_nd(scaled, {0, 1});
-  at::Tensor codes = at::bucketize(scaled, borders, /*out_int32=*/true).to(at::kByte).view({-1, 2});
-  at::Tensor packed =
-      codes.select(1, 0).bitwise_left_shift(4).bitwise_or(codes.select(1, 1)).unsqueeze(1);
+  at::Tensor packed = nearest_codes(scaled.contiguous(), borders.const_data_ptr<float>());
   return {packed, absmax, table};
 }
 
