@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -245,6 +246,37 @@ class Float8Weight : public quant::QuantizedWeight {
  private:
   Activation activation_;
 };
+
+// Up to four rows go another way, in blocks that do not depend on the number of threads.
+TEST(QuantizedLinear, AFewRowsAreTheFirstOfMany) {
+  at::manual_seed(9);
+  const int before = at::get_num_threads();
+  at::Tensor weight = at::randn({200, 96}), bias = at::randn({200}), x = at::randn({9, 96});
+  quant::Int8Weight description({200, 96}, {1, 96}, /*has_zero_point=*/false);
+  auto made = quant::quantize_int8(weight, {1, 96});
+  const std::vector<at::Tensor> components{made.qdata, made.scale};
+  for (at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    at::Tensor many = quantized_linear(x.to(dtype), description, components, bias.to(dtype));
+    for (int64_t rows = 1; rows <= 5; ++rows) {
+      at::set_num_threads(1);
+      at::Tensor few =
+          quantized_linear(x.narrow(0, 0, rows).to(dtype), description, components, bias.to(dtype));
+      const double bound = dtype == at::kFloat ? 1e-5 : 1e-2;
+      EXPECT_TRUE(at::allclose(few.to(at::kFloat), many.narrow(0, 0, rows).to(at::kFloat), bound,
+                               bound * 10))
+          << rows;
+      at::set_num_threads(3);
+      c10::InferenceMode inference;
+      if (rows < 5) {
+        EXPECT_TRUE(at::equal(quantized_linear(x.narrow(0, 0, rows).to(dtype), description,
+                                               components, bias.to(dtype)),
+                              few))
+            << rows;
+      }
+    }
+  }
+  at::set_num_threads(before);
+}
 
 TEST(QuantizedLinear, DynamicFloat8FollowsTorchao) {
   auto tensors =

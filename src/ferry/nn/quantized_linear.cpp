@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -30,6 +31,8 @@ constexpr int64_t kInputBlockBytes = 32 << 20;
 // Rows of the input that share one pass over int8 weights.
 constexpr int64_t kInt8Rows = 4096;
 constexpr int64_t kFewestRows = 16;
+// Rows of the input with which a weight is better multiplied where it is dequantized.
+constexpr int64_t kFewRows = 4;
 constexpr double kFloat8Max = 448.0;  // e4m3
 
 // Whether the device multiplies matrices of `type`, asked once for each device.
@@ -132,6 +135,31 @@ void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& b
 
 at::Tensor part(const at::Tensor& bias, int64_t first, int64_t count) {
   return bias.defined() ? bias.narrow(0, first, count) : bias;
+}
+
+// For a row or a few (a model's modulations): time goes into the weights' bytes, so that each
+// thread multiplies rows of the weight while they are in its cache. Blocks do not depend on the
+// number of threads.
+void multiply_few_rows(const at::Tensor& x, const QuantizedWeight& weight,
+                       ComponentTensors components, const at::Tensor& bias, const at::Tensor& out) {
+  constexpr int64_t kRows = 64;
+  const int64_t columns = weight.columns(), blocks = (weight.rows() + kRows - 1) / kRows;
+  at::Tensor wide_x = x.to(at::kFloat).contiguous();
+  at::Tensor wide_bias = bias.defined() ? bias.to(at::kFloat) : bias;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    at::NoGradGuard no_grad;
+    c10::InferenceMode as_caller(out.is_inference());  // a thread of the pool knows nothing of it
+    at::Tensor scratch = at::empty({kRows, columns}, wide_x.options());
+    for (int64_t first = begin * kRows; first < std::min(end * kRows, weight.rows());
+         first += kRows) {
+      const int64_t count = std::min(kRows, weight.rows() - first);
+      at::Tensor block = scratch.narrow(0, 0, count);
+      weight.dequantize_rows(components, first, count, at::kFloat, block.mutable_data_ptr());
+      at::Tensor product = at::empty({x.size(0), count}, wide_x.options());
+      multiply(wide_x, block, part(wide_bias, first, count), product);
+      out.narrow(1, first, count).copy_(product);
+    }
+  });
 }
 
 void multiply_dequantized(const at::Tensor& x, const QuantizedWeight& weight,
@@ -299,7 +327,9 @@ at::Tensor run(QuantizedKernel kernel, const at::Tensor& x, const QuantizedWeigh
     return out.view(shape);
   }
   rows = quantized_and_back(rows, weight.activation());
-  if (kernel == upcast_blocks) {
+  if (rows.size(0) <= kFewRows) {
+    multiply_few_rows(rows, weight, components, bias, out);
+  } else if (kernel == upcast_blocks) {
     multiply_upcast(rows, weight, components, bias, out);
   } else {
     multiply_dequantized(rows, weight, components, bias, out);

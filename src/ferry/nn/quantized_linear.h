@@ -20,6 +20,7 @@ enum class QuantizedKernel {
   dequantize,         // the whole weight by torch's operators, then linear()
   dequantize_blocks,  // blocks of rows in the dtype of `x`, a GEMM each
   upcast_blocks,      // blocks of rows in float32, an sgemm each, rounded once
+                      // (both: up to four rows of `x`, small blocks in float32, a thread each)
   int8_blocks,    // int8 GEMMs with int32 blocks of products, scaled while they are in the cache
   int8_as_float,  // the same numbers by sgemm on whole numbers in float32
   int8_mm,        // the accelerator's int8 GEMM: at::_int_mm
