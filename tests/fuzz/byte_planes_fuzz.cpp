@@ -1,8 +1,10 @@
 // Decoding a lossless pack's tensor from any bytes. The checksums, which would stop nearly every
 // input at the door, are made right first: the decoder itself has to stand any bytes.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
+#include <span>
+#include <vector>
 
 #include "ferry/base/error.h"
 #include "ferry/io/byte_planes.h"
@@ -15,7 +17,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const uint64_t items = (data[0] | data[1] << 8) * uint64_t{data[2] >> 1 & 3 ? 1u : 13u};
   const uint64_t plain_bytes = items * item_bytes;
   std::vector<std::byte> stored(size - 3);
-  std::memcpy(stored.data(), data + 3, stored.size());
+  std::ranges::copy(std::as_bytes(std::span(data + 3, size - 3)), stored.begin());
   const uint64_t table_bytes = plane_table_bytes(plain_bytes, item_bytes);
   if (table_bytes > stored.size()) return 0;
   const std::span<const std::byte> bytes(stored);

@@ -23,7 +23,6 @@ using Clock = std::chrono::steady_clock;
 Client::Client(Engine& engine, std::string name, std::vector<Group> groups,
                const ClientOptions& options)
     : engine_(engine), name_(std::move(name)), options_(options) {
-  const at::Device device = engine_.options_.device;
   std::vector<weights::BoundSlot> small;
   for (Group& group : groups) {
     auto is_small = [&](const weights::BoundSlot& bound) {
