@@ -199,12 +199,12 @@ bool is_narrow(const at::Tensor& weight, const at::Tensor& x) {
 }
 
 bool is_one_row_of_float32(const at::Tensor& x) {
-  return x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() > 0 && x.numel() > 0 &&
-         x.numel() == x.size(-1);
+  return x.scalar_type() == at::kFloat && x.dim() > 0 && x.numel() > 0 && x.numel() == x.size(-1);
 }
 
 // The library's product of a vector sums in an order that depends on the weight's address modulo
-// 16, and a streamed weight lies where its file has it. That of two rows does not.
+// 16, and a streamed weight lies where its file has it. That of two rows does not. So on every
+// device, that all of them compute the same.
 at::Tensor linear_of_one_row(const at::Tensor& x, const at::Tensor& weight,
                              const at::Tensor& bias) {
   at::Tensor twice = x.reshape({1, x.size(-1)}).expand({2, x.size(-1)});
