@@ -30,10 +30,6 @@ std::optional<at::ScalarType> wanted_dtype(const std::string& name) {
   return tensor::parse_dtype(name);
 }
 
-ProgressMode progress_mode(const Context& context) {
-  return context.quiet ? ProgressMode::quiet : ProgressMode::automatic;
-}
-
 void to_folder(const ConvertCommandOptions& options, Context& context) {
   if (!options.gguf_type.empty()) {
     throw_error<ArgumentError>("--gguf-type: is for a folder that becomes a file, but {} is a file",

@@ -60,8 +60,7 @@ std::vector<ComponentFolder> components_of(const fs::path& folder) {
 // Every tensor of `pack` equals the checkpoint's, bit for bit.
 void compare(const weights::Checkpoint& pack, const weights::Checkpoint& source,
              const Context& context) {
-  ProgressBar bar("comparing", source.tensors().size(),
-                  {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
+  ProgressBar bar("comparing", source.tensors().size(), {.mode = progress_mode(context)});
   for (const weights::StoredTensor& expected : source.tensors()) {
     context.stop.throw_if_stopped();
     const weights::StoredTensor* stored = pack.find(expected.key);

@@ -82,8 +82,7 @@ int run_random(const RandomOptions& options, Context& context) {
   model->to(dtype);
   uint64_t total = weights::total_bytes(weights::collect_slots(*model));
   auto generator = tensor::Generator().manual_seed(options.seed);
-  ProgressBar progress("writing MB", total / 1'000'000,
-                       {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic});
+  ProgressBar progress("writing MB", total / 1'000'000, {.mode = progress_mode(context)});
   uint64_t written_bytes = 0;
   auto write = [&](const weights::Slot& slot, io::SafetensorsWriter& writer) {
     write_random(writer, slot, generator, context.stop, [&](uint64_t bytes) {

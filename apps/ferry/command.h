@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "ferry/base/progress.h"
 #include "ferry/base/stop_token.h"
 
 namespace ferry::cli {
@@ -23,6 +24,11 @@ struct Context {
   bool quiet = false;
   StopToken stop;
 };
+
+// A progress bar's mode: none with --quiet.
+inline ProgressMode progress_mode(const Context& context) {
+  return context.quiet ? ProgressMode::quiet : ProgressMode::automatic;
+}
 
 // A command's function: runs after parsing, returns the exit code, throws ferry::Error.
 using Run = std::function<int(Context&)>;

@@ -14,7 +14,7 @@ class PackingBar {
   // Says "<label>, MB". REQUIRES: a model from load_model().
   PackingBar(const std::string& label, const models::Model& model, const Context& context)
       : bar_(label + ", MB", model.binding()->checkpoint->total_bytes() / 1'000'000,
-             {.mode = context.quiet ? ProgressMode::quiet : ProgressMode::automatic}),
+             {.mode = progress_mode(context)}),
         options_(models::pack_options(model)) {
     options_.stop = context.stop;
     options_.progress = [this](uint64_t bytes) { bar_.set(bytes / 1'000'000); };

@@ -21,10 +21,8 @@ class QuantizingBar {
     options.stop = context_.stop;
     options.on_layer = [this](const models::QuantizedLayer&, size_t layer_count) {
       if (!bar_) {
-        bar_ = std::make_unique<ProgressBar>(
-            label_, layer_count,
-            ProgressOptions{.mode =
-                                context_.quiet ? ProgressMode::quiet : ProgressMode::automatic});
+        bar_ = std::make_unique<ProgressBar>(label_, layer_count,
+                                             ProgressOptions{.mode = progress_mode(context_)});
       }
       bar_->advance();
     };

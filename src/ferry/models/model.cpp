@@ -123,6 +123,7 @@ SavedWeights saved_weights(const Model& model) {
   std::vector<std::pair<std::string, std::string>> entries;  // TorchAO's, by parameter
   std::map<std::string, quant::WrittenWeight> written;
   bool is_torchao = false;
+  const at::ScalarType dtype = model.dtype();
   for (weights::Slot& slot : weights::collect_slots(model)) {
     auto place = components.find(slot.name());
     if (place == components.end()) {
@@ -133,7 +134,7 @@ SavedWeights saved_weights(const Model& model) {
     const auto& [parameter, layer, index] = place->second;
     auto [as, is_first] = written.try_emplace(parameter);
     if (is_first) {
-      as->second = quant::written_weight(parameter, *layer->quantized_weight(), model.dtype());
+      as->second = quant::written_weight(parameter, *layer->quantized_weight(), dtype);
       entries.emplace_back(parameter, as->second.metadata);
       is_torchao = is_torchao || !as->second.metadata.empty();
     }

@@ -31,7 +31,6 @@ class Quantizing {
   const std::vector<QuantizedLayer>& layers() const { return layers_; }
   // Linear layers that stay plain, and why.
   const std::vector<std::pair<std::string, std::string>>& kept() const { return kept_; }
-  size_t layer_count() const { return owners_.size(); }
   const std::string& recipe() const { return recipe_; }
 
  private:
