@@ -1,6 +1,7 @@
 #include "ferry/io/scratch_file.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -12,10 +13,6 @@
 #include "ferry/base/error.h"
 
 namespace ferry::io {
-namespace {
-constexpr uint64_t kPage = 4096;
-}
-
 ScratchFile::ScratchFile(const std::filesystem::path& folder, System& system)
     : path_(folder / "scratch file"), system_(&system) {
   std::error_code ignored;  // opening tells
@@ -31,8 +28,18 @@ ScratchFile::ScratchFile(const std::filesystem::path& folder, System& system)
         "{}: cannot make a scratch file: {}; set FERRY_CACHE_DIR to a folder that can be written",
         folder.string(), std::strerror(errno));
   }
+  open_for_reading();
+}
+
+ScratchFile::ScratchFile(InMemory, System& system) : path_("scratch memory"), system_(&system) {
+  fd_ = ::memfd_create("ferry weights", MFD_CLOEXEC);
+  if (fd_ < 0) throw_error<IoError>("memfd_create failed: {}", std::strerror(errno));
+  open_for_reading();
+}
+
+void ScratchFile::open_for_reading() {
   try {
-    file_ = File::open_private("/proc/self/fd/" + std::to_string(fd_), path_, system);
+    file_ = File::open_private("/proc/self/fd/" + std::to_string(fd_), path_, *system_);
   } catch (...) {
     system_->close(fd_);
     throw;
@@ -60,9 +67,8 @@ uint64_t ScratchFile::append(std::span<const std::byte> bytes) {
   return std::exchange(end_, end_ + bytes.size());
 }
 
-void ScratchFile::align() {
-  static const std::vector<std::byte> zeros(kPage);
-  append(std::span(zeros).first((kPage - end_ % kPage) % kPage));
+void ScratchFile::align(uint64_t unit) {
+  append(std::vector<std::byte>((unit - end_ % unit) % unit));
 }
 
 std::filesystem::path cache_folder() {

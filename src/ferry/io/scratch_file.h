@@ -1,4 +1,5 @@
-// A file without a name: nothing of it is left when the process ends, however it ends.
+// A file without a name, on disk or in memory: nothing of it is left when the process ends, however
+// it ends.
 #pragma once
 
 #include <cstddef>
@@ -21,13 +22,19 @@ class ScratchFile {
   ScratchFile(const ScratchFile&) = delete;
   ScratchFile& operator=(const ScratchFile&) = delete;
 
-  // One after the other; `align` makes the next one start on a page, as O_DIRECT wants. Returns
-  // where. Throws IoError (a full disk).
+  // In memory (memfd_create). Throws IoError.
+  struct InMemory {};
+  explicit ScratchFile(InMemory, System& system = System::real());
+
+  // One after the other; `align` makes the next one start on a multiple of `unit`, by default a
+  // page, as O_DIRECT wants. Returns where. Throws IoError (a full disk).
   uint64_t append(std::span<const std::byte> bytes);
-  void align();
+  void align(uint64_t unit = 4096);
   const std::shared_ptr<const File>& file() const { return file_; }
 
  private:
+  void open_for_reading();
+
   std::filesystem::path path_;  // for messages
   System* system_;
   int fd_ = -1;

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <numeric>
@@ -627,8 +628,7 @@ void Client::arrive_locked(State& state, std::unique_lock<std::mutex>& lock) {
   for (Piece& piece : state.pieces) {
     piece.attach();
     for (const SlotPlace& slot : piece.slots)
-      state.versions.push_back(
-          slot.tensor.unsafeGetTensorImpl()->version_counter().current_version());
+      state.versions.push_back(weights::version_of(slot.tensor));
   }
   state.attached = true;
 }
@@ -660,6 +660,19 @@ void Client::drop_if_unused_locked(State& state) noexcept {
 
 // ---- weights that change ----
 
+namespace {
+
+bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes() || a.device() != b.device() ||
+      !a.is_contiguous())
+    return false;
+  c10::InferenceMode off(false);
+  at::NoGradGuard no_grad;
+  return at::equal(a.detach().reshape(-1).view(at::kByte), b.reshape(-1).view(at::kByte));
+}
+
+}  // namespace
+
 bool Client::was_replaced_locked(const State& state) const {
   if (state.attached) return false;
   for (const Piece& piece : state.pieces) {
@@ -675,10 +688,12 @@ bool Client::was_changed_locked(const State& state) const {
   for (const Piece& piece : state.pieces) {
     for (size_t j = 0; j < piece.slots.size(); ++j, ++i) {
       const at::Tensor& tensor = piece.slots[j].tensor;
-      if (tensor.unsafeGetTensorImpl()->version_counter().current_version() != state.versions[i] ||
-          tensor.unsafeGetTensorImpl()->storage().unsafeGetStorageImpl() !=
-              piece.views[j].unsafeGetTensorImpl()->storage().unsafeGetStorageImpl())
-        return true;
+      const at::Tensor& view = piece.views[j];
+      if (weights::version_of(tensor) != state.versions[i]) return true;
+      if (tensor.storage().unsafeGetStorageImpl() == view.storage().unsafeGetStorageImpl())
+        continue;
+      // Cast and cast back, as layerwise casting does around a layer, is no change.
+      if (!same_bytes(tensor, view)) return true;
     }
   }
   return false;

@@ -113,6 +113,11 @@ void Engine::set_stop_token(StopToken stop) {
   options_.stop = std::move(stop);
 }
 
+void Engine::set_trace(Trace* trace) {
+  std::lock_guard lock(mutex_);
+  options_.trace = trace;
+}
+
 void Engine::announce(std::vector<Announced> next) {
   std::lock_guard lock(mutex_);
   announced_.assign(next.begin(), next.end());

@@ -163,6 +163,8 @@ class Engine {
   // Gives back all memory, except of groups with a lease out.
   void unload();
   void set_stop_token(StopToken stop);
+  // From here on; null is off. The one before may end once this has returned.
+  void set_trace(Trace* trace);
 
   // What comes next: passes of components, in order. While the last pass of one ends, the first
   // groups of the next are brought. Replaces what was announced before; a run that goes another way

@@ -142,9 +142,6 @@ namespace {
 c10::weak_intrusive_ptr<c10::StorageImpl> storage_of(const at::Tensor& tensor) {
   return tensor.storage().getWeakStorageImpl();
 }
-uint32_t version_of(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
-}
 }  // namespace
 
 bool is_as_read(const BoundSlot& bound) {

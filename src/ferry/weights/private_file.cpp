@@ -9,18 +9,32 @@
 
 namespace ferry::weights {
 
+namespace {
+// Of each tensor: no element is cut by it, whatever its size.
+constexpr uint64_t kItemAlignment = 64;
+}  // namespace
+
 std::vector<StoredTensor> write_private_file(const std::vector<BoundSlot>& slots,
-                                             const std::vector<at::Tensor>& values) {
-  // One file a process, opened at the first use; it lives as long as a weight that is in it.
+                                             const std::vector<at::Tensor>& values,
+                                             PrivateHome home) {
+  // One file of each kind a process, opened at the first use; it lives as long as a weight that is
+  // in it.
   static std::mutex mutex;
-  static std::weak_ptr<io::ScratchFile> shared;
+  static std::weak_ptr<io::ScratchFile> files[2];
   std::lock_guard lock(mutex);
+  std::weak_ptr<io::ScratchFile>& shared = files[static_cast<size_t>(home)];
   std::shared_ptr<io::ScratchFile> scratch = shared.lock();
-  if (!scratch) shared = scratch = std::make_shared<io::ScratchFile>(io::cache_folder());
+  if (!scratch) {
+    scratch = home == PrivateHome::disk
+                  ? std::make_shared<io::ScratchFile>(io::cache_folder())
+                  : std::make_shared<io::ScratchFile>(io::ScratchFile::InMemory());
+    shared = scratch;
+  }
 
   std::vector<StoredTensor> stored;
   scratch->align();
   for (size_t i = 0; i < values.size(); ++i) {
+    scratch->align(kItemAlignment);
     at::Tensor value = values[i].detach().to(at::kCPU).contiguous();
     StoredTensor one;
     one.key = slots[i].slot.name();

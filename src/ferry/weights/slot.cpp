@@ -35,6 +35,11 @@ std::vector<Slot> collect_slots(const torch::nn::Module& root) {
   return slots;
 }
 
+uint32_t version_of(const at::Tensor& tensor) {
+  const auto& counter = tensor.unsafeGetTensorImpl()->version_counter();
+  return counter.enabled() ? counter.current_version() : 0;
+}
+
 uint64_t total_bytes(const std::vector<Slot>& slots) {
   uint64_t sum = 0;
   for (const Slot& slot : slots) sum += slot.size_bytes();

@@ -28,7 +28,7 @@ WeightsState::WeightsState(const torch::nn::Module& root, const Binding* binding
       content.offset = found->second->source.offset;
     } else {
       content.storage = slot.tensor.storage().getWeakStorageImpl();
-      content.version = tensor->version_counter().current_version();
+      content.version = version_of(slot.tensor);
     }
     slots_.push_back(std::move(content));
   }

@@ -1,0 +1,129 @@
+"""Attaches to a module's forward, and to what else reads or changes its weights.
+
+A wrapper goes around ``module.forward`` (as diffusers' and accelerate's hooks do), so that whatever
+error ends the call is seen. It is kept outermost: hooks that others add later run inside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["CallPoint"]
+
+
+class CallPoint:
+    """What is attached to one module; ``detach`` takes it away.
+
+    Args:
+        module: whose calls are wrapped.
+        around: ``around(forward, args, kwargs)`` runs the call.
+        lease: holds the module's weights while code other than its forward touches them (``to()``,
+            ``state_dict()``, ``load_state_dict()``); none: the module has no weights that move.
+        entries: methods besides ``forward`` that are called from outside (``encode``, ``decode``).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        around: Callable[[Callable, tuple, dict], Any],
+        lease: Callable[[], AbstractContextManager] | None = None,
+        entries: tuple[str, ...] = (),
+    ):
+        self.module = module
+        self._around = around
+        self._attached = True
+        self._inside = 0
+        self._before: dict[str, tuple[bool, Any]] = {}
+        self._wrappers: dict[str, Callable] = {}  # the newest of each
+        self._all: list[Callable] = []
+        for name in ("forward", *entries):
+            self._wrap_call(name)
+        if lease is not None:
+            self._wrap_held("_apply", lease)
+            self._wrap_held("_load_from_state_dict", lease)
+            self._wrap_state_dict(lease)
+
+    def _remember(self, name: str) -> None:
+        own = self.module.__dict__
+        self._before.setdefault(name, (name in own, own.get(name)))
+
+    def _wrap_call(self, name: str) -> None:
+        self._remember(name)
+        inner = getattr(self.module, name)
+
+        def guarded(*args, **kwargs):
+            self._inside += 1
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._inside -= 1
+
+        # These two are not traced (torch.compile); what they call is.
+        guarded = torch._dynamo.disable(guarded, recursive=False)
+
+        @functools.wraps(inner)
+        def wrapper(*args, **kwargs):
+            # Inside: a wrapper that was once outermost, or a module that calls itself.
+            if self._inside or not self._attached:
+                return inner(*args, **kwargs)
+            return self._around(guarded, args, kwargs)
+
+        self._put(name, torch._dynamo.disable(wrapper, recursive=False))
+
+    def _put(self, name: str, wrapper: Callable) -> None:
+        self._wrappers[name] = wrapper
+        self._all.append(wrapper)
+        self.module.__dict__[name] = wrapper
+
+    def _wrap_held(self, name: str, lease: Callable[[], AbstractContextManager]) -> None:
+        self._remember(name)
+        inner = getattr(self.module, name)
+
+        @functools.wraps(inner)
+        def wrapper(*args, **kwargs):
+            if not self._attached:
+                return inner(*args, **kwargs)
+            with lease():
+                return inner(*args, **kwargs)
+
+        self._put(name, wrapper)
+
+    def _wrap_state_dict(self, lease: Callable[[], AbstractContextManager]) -> None:
+        self._remember("_save_to_state_dict")
+        inner = self.module._save_to_state_dict
+
+        # What streams is gone after the lease, so a state dict gets copies.
+        @functools.wraps(inner)
+        def wrapper(destination, prefix, keep_vars):
+            if not self._attached:
+                return inner(destination, prefix, keep_vars)
+            with lease():
+                before = set(destination)
+                inner(destination, prefix, keep_vars)
+                for key in destination.keys() - before:
+                    value = destination[key]
+                    if isinstance(value, torch.Tensor):
+                        destination[key] = value.detach().cpu().clone()
+
+        self._put("_save_to_state_dict", wrapper)
+
+    def keep_outermost(self) -> None:
+        """Goes around hooks that were added since."""
+        if self.module.__dict__.get("forward") is not self._wrappers["forward"]:
+            self._wrap_call("forward")
+
+    def detach(self) -> None:
+        self._attached = False  # where others have wrapped the wrapper, it lets calls through
+        for name, (had, value) in self._before.items():
+            if not any(self.module.__dict__.get(name) is one for one in self._all):
+                continue
+            if had:
+                self.module.__dict__[name] = value
+            else:
+                del self.module.__dict__[name]

@@ -1,0 +1,117 @@
+"""Makes ferry's offloading visible to diffusers, where that is loaded.
+
+diffusers asks its hook registries whether a module is group offloaded: to choose the device of a
+pipeline, to refuse ``enable_model_cpu_offload`` and ``to()``, to lay the hooks anew after an adapter
+was loaded. A hook that does nothing stands there for ferry.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .group_offloading import GroupOffloading
+
+__all__ = ["install", "mark", "uninstall"]
+
+_NAME = "group_offloading"
+_replaced: dict[tuple[Any, str], Any] = {}
+
+
+def _hooks_module() -> Any:
+    return sys.modules.get("diffusers.hooks.group_offloading")
+
+
+def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], None]:
+    """Registers the standing hook on ``modules``, the root first; nothing without diffusers.
+
+    Returns what takes it away again.
+    """
+    if _hooks_module() is None:
+        return lambda: None
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    _answer_reapply()
+
+    class FerryGroupOffloadingHook(ModelHook):
+        """Stands for ferry's offloading. Removing it from the root removes that."""
+
+        def __init__(self, root: bool):
+            super().__init__()
+            self.config = offloading.config
+            self.group = offloading
+            self.root = root
+
+        def deinitalize_hook(self, of: nn.Module) -> nn.Module:
+            if self.root:
+                self.root = False
+                offloading.remove()
+            return of
+
+    for module in modules:
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        registry.register_hook(FerryGroupOffloadingHook(module is modules[0]), _NAME)
+
+    def unmark() -> None:
+        for module in modules:
+            registry = module._diffusers_hook
+            hook = registry.get_hook(_NAME)
+            if isinstance(hook, FerryGroupOffloadingHook):
+                hook.root = False
+                registry.remove_hook(_NAME, recurse=False)
+            # The registry leaves the bound method it found.
+            own = module.__dict__.get("forward")
+            if getattr(own, "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
+            if not registry.hooks:
+                del module.__dict__["_diffusers_hook"]
+
+    return unmark
+
+
+def _answer_reapply() -> None:
+    """Has diffusers' own function lay ferry's offloading anew for a configuration of ferry's."""
+    hooks = _hooks_module()
+    if (hooks, "_apply_group_offloading") in _replaced:
+        return
+    from .group_offloading import GroupOffloadingConfig, apply_config
+
+    original = hooks._apply_group_offloading
+
+    def _apply_group_offloading(module: nn.Module, config: Any) -> None:
+        if isinstance(config, GroupOffloadingConfig):
+            apply_config(module, config)
+        else:
+            original(module, config)
+
+    _replaced[hooks, "_apply_group_offloading"] = original
+    hooks._apply_group_offloading = _apply_group_offloading
+
+
+def install() -> None:
+    """Puts ferry behind diffusers' own names.
+
+    ``model.enable_group_offload(...)``, ``pipe.enable_group_offload(...)`` and
+    ``diffusers.hooks.apply_group_offloading(...)`` use ferry's engine from here on.
+    """
+    import diffusers.hooks
+    from diffusers.hooks import group_offloading
+
+    from .group_offloading import apply_group_offloading
+
+    for owner in (diffusers.hooks, group_offloading):
+        if (owner, "apply_group_offloading") not in _replaced:
+            _replaced[owner, "apply_group_offloading"] = owner.apply_group_offloading
+            owner.apply_group_offloading = apply_group_offloading
+    _answer_reapply()
+
+
+def uninstall() -> None:
+    """Gives diffusers its own functions back."""
+    for (owner, name), original in _replaced.items():
+        setattr(owner, name, original)
+    _replaced.clear()

@@ -1,0 +1,469 @@
+"""``apply_group_offloading``, with diffusers' arguments, on ferry's engine."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _C, diffusers_hooks
+from .call_points import CallPoint
+from .disk_folder import write_folder
+from .grouping import Grouping
+from .recompute import run_recomputed, wants_recompute
+from .slots import Slot, collect_slots, inner_tensors, own_tensors, rebuild_wrappers
+from .sources import checkpoint_sources, mapped_sources
+
+__all__ = ["GroupOffloading", "GroupOffloadingConfig", "apply_group_offloading", "offloading_of"]
+
+_ATTRIBUTE = "_ferry_offloading"
+# What pipelines call besides forward: each is a pass of its own.
+_ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")
+
+
+@dataclass
+class GroupOffloadingConfig:
+    """diffusers' options by its names, and what ferry adds below them."""
+
+    onload_device: torch.device
+    offload_device: torch.device = torch.device("cpu")
+    offload_type: str = "block_level"
+    num_blocks_per_group: int | None = None
+    # Copies never block the host, and the arena is never freed under a stream: accepted, and there
+    # is nothing to choose.
+    non_blocking: bool = False
+    record_stream: bool = False
+    # Bring groups ahead of the compute.
+    use_stream: bool = False
+    # Keep no copy of the weights in pinned memory.
+    low_cpu_mem_usage: bool = False
+    offload_to_disk_path: str | None = None
+    block_modules: list[str] | None = None
+    exclude_kwargs: list[str] | None = None
+    # Names of modules (dotted) whose weights stay on the onload device.
+    exclude: tuple[str, ...] = ()
+    # Folder or file that the weights come from, where it cannot be seen from their memory.
+    checkpoint: str | None = None
+
+    @property
+    def stream(self) -> bool | None:
+        """What diffusers' code asks to see whether there is a stream."""
+        return True if self.use_stream else None
+
+
+def offloading_of(module: nn.Module) -> GroupOffloading | None:
+    """What is attached to ``module``, if anything is."""
+    found = module.__dict__.get(_ATTRIBUTE)
+    return found if found is not None and not found.removed else None
+
+
+def _send(value: Any, device: torch.device) -> Any:
+    """``value`` with the tensors in it moved; the object itself where there is nothing to move."""
+    if isinstance(value, torch.Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, (list, tuple)):
+        moved = [_send(one, device) for one in value]
+        if all(a is b for a, b in zip(moved, value, strict=True)):
+            return value
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    if isinstance(value, dict):
+        moved = {key: _send(one, device) for key, one in value.items()}
+        return value if all(moved[k] is value[k] for k in value) else type(value)(moved)
+    return value
+
+
+class GroupOffloading:
+    """What is attached to one root module. ``remove`` detaches it and brings the weights back."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        config: GroupOffloadingConfig,
+        engine: _C.Engine,
+        name: str,
+        wrap_around: bool = True,
+    ):
+        self.config = config
+        self.engine = engine
+        self.name = name
+        self._root = weakref.ref(root)
+        self._device = config.onload_device
+        self._points: list[CallPoint] = []
+        self._exclude_kwargs = frozenset(config.exclude_kwargs or ())
+        self._on_remove: list[Callable[[], None]] = []
+
+        slots = collect_slots(root)
+        block_modules = config.block_modules
+        if block_modules is None:
+            block_modules = getattr(root, "_group_offload_block_modules", None) or []
+        grouping = Grouping(
+            root,
+            slots,
+            config.offload_type,
+            config.num_blocks_per_group or 1,
+            block_modules,
+            config.exclude,
+        )
+        for key in grouping.excluded:
+            slots[key].tensor.data = slots[key].tensor.data.to(self._device)
+        moving = {key: slot for key, slot in slots.items() if key not in grouping.excluded}
+        sources = self._find_sources(root, moving, block_modules)
+        first_order = [group for lease in grouping.leases for group in lease.groups]
+        on_cpu = self._device.type == "cpu"
+        self._client = _C.Client(
+            engine,
+            name,
+            [
+                (
+                    group.name,
+                    [(slots[k].name, slots[k].tensor, sources.get(k)) for k in group.slots],
+                    group.keep_resident,
+                )
+                for group in grouping.groups
+            ],
+            first_order=list(dict.fromkeys(first_order)),
+            read_ahead=config.use_stream,
+            wrap_around=wrap_around,
+            in_memory=not on_cpu and config.offload_to_disk_path is None,
+        )
+        self._known = {id(tensor) for tensor in _registered(root)}
+        try:
+            rebuild_wrappers(root)
+            self._attach(root, grouping)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _find_sources(
+        self, root: nn.Module, slots: dict[int, Slot], block_modules: Sequence[str]
+    ) -> dict[int, _C.StoredTensor]:
+        config = self.config
+        if self._device.type != "cpu" and config.offload_to_disk_path is None:
+            return {}  # host memory is nearer than any file
+        sources = mapped_sources(slots)
+        left = {key: slot for key, slot in slots.items() if key not in sources}
+        if config.checkpoint is not None and left:
+            sources |= checkpoint_sources(left, config.checkpoint)
+            left = {key: slot for key, slot in slots.items() if key not in sources}
+        if config.offload_to_disk_path is not None and left:
+            sources |= write_folder(
+                root,
+                left,
+                config.offload_to_disk_path,
+                config.offload_type,
+                config.num_blocks_per_group or 1,
+                block_modules,
+            )
+        return sources
+
+    # ---- calls ----
+
+    def _attach(self, root: nn.Module, grouping: Grouping) -> None:
+        # First: what is laid around a forward later is outside.
+        leasing = [root, *(lease.module for lease in grouping.leases if lease.module is not root)]
+        self._on_remove.append(diffusers_hooks.mark(leasing, self))
+        of_root: list[int] = []
+        root_recomputes = False
+        for lease in grouping.leases:
+            if lease.module is root:
+                of_root, root_recomputes = lease.groups, lease.recomputes
+            else:
+                self._points.append(
+                    CallPoint(
+                        lease.module,
+                        self._leased(lease.groups, lease.module),
+                        lambda groups=lease.groups: self._client.lease(groups),
+                    )
+                )
+        # to(), state_dict() and load_state_dict() reach the weights of modules that lease nothing
+        # themselves, since what is around them does.
+        leasing = {id(lease.module) for lease in grouping.leases}
+        for module in root.modules():
+            groups = grouping.groups_of(module)
+            if groups and id(module) not in leasing and module is not root:
+                self._points.append(
+                    CallPoint(
+                        module,
+                        lambda forward, args, kwargs: forward(*args, **kwargs),
+                        lambda groups=groups: self._client.lease(groups),
+                    )
+                )
+        entries = tuple(name for name in _ENTRIES if callable(getattr(root, name, None)))
+        self._points.append(
+            CallPoint(
+                root,
+                self._pass(root, of_root, root_recomputes),
+                (lambda: self._client.lease(of_root)) if of_root else None,
+                entries,
+            )
+        )
+
+    def _moved(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        args = _send(args, self._device)
+        if self._exclude_kwargs:
+            moved = {k: v for k, v in kwargs.items() if k not in self._exclude_kwargs}
+            return args, kwargs | _send(moved, self._device)
+        return args, _send(kwargs, self._device)
+
+    def _leased(self, groups: list[int], module: nn.Module) -> Callable:
+        client = self._client
+
+        def around(forward: Callable, args: tuple, kwargs: dict) -> Any:
+            args, kwargs = self._moved(args, kwargs)
+            if wants_recompute(module, args, kwargs):
+                return run_recomputed(forward, lambda: client.lease(groups), args, kwargs)
+            held = client.lease(groups)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                held.release()
+
+        return around
+
+    def _pass(self, root: nn.Module, groups: list[int], recomputes: bool) -> Callable:
+        client = self._client
+        leased = self._leased(groups, root) if groups and recomputes else None
+
+        def around(forward: Callable, args: tuple, kwargs: dict) -> Any:
+            args, kwargs = self._moved(args, kwargs)
+            self._adopt_new(root)
+            client.begin_pass()
+            completed = False
+            try:
+                if leased is not None:
+                    output = leased(forward, args, kwargs)
+                else:
+                    with client.lease(groups):
+                        output = forward(*args, **kwargs)
+                completed = True
+                return output
+            finally:
+                client.end_pass(completed)
+
+        return around
+
+    def _adopt_new(self, root: nn.Module) -> None:
+        """Parameters that appeared since (an adapter's) stay where compute happens."""
+        for point in self._points:
+            point.keep_outermost()
+        if self._device.type == "cpu":
+            return
+        for tensor in _registered(root):
+            if id(tensor) not in self._known:
+                self._known.add(id(tensor))
+                for plain in inner_tensors(tensor).values():
+                    if plain.device != self._device:
+                        plain.data = plain.data.to(self._device)
+
+    # ---- from outside ----
+
+    @property
+    def root(self) -> nn.Module | None:
+        return self._root()
+
+    @property
+    def client(self) -> _C.Client:
+        return self._client
+
+    @property
+    def removed(self) -> bool:
+        return self._client.removed
+
+    def remove(self) -> None:
+        """Detaches from the module; its weights are in CPU memory again, in the same tensors."""
+        for point in self._points:
+            point.detach()
+        self._points.clear()
+        for undo in self._on_remove:
+            undo()
+        self._on_remove.clear()
+        self._client.remove()
+        root = self._root()
+        if root is not None:
+            rebuild_wrappers(root)
+            root.__dict__.pop(_ATTRIBUTE, None)
+
+    @contextmanager
+    def weights(self) -> Iterator[nn.Module]:
+        """Holds all weights where compute happens, to look at or to change them.
+
+        Needs room for all of them at once.
+        """
+        with self._client.lease(list(range(len(self._client.plan()["groups"])))):
+            yield self._root()
+
+    def report(self) -> dict[str, Any]:
+        return self.engine.report() | {"plan": self._client.plan()}
+
+
+def _registered(root: nn.Module) -> Iterator[torch.Tensor]:
+    for module in root.modules():
+        for _, tensor in own_tensors(module):
+            yield tensor
+
+
+def _check_no_other_hooks(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        hook = child.__dict__.get("_hf_hook")
+        if hook is not None and type(hook).__name__ in ("AlignDevicesHook", "CpuOffload"):
+            raise ValueError(
+                "Cannot apply group offloading to a module that is already applying an alternative "
+                "offloading strategy from Accelerate. If you want to apply group offloading, please "
+                f"disable the existing offloading strategy first (pipe.remove_all_hooks()). "
+                f"Offending module: {name} ({type(child)})"
+            )
+        if offloading_of(child) is not None:
+            raise ValueError(
+                f"ferry's offloading is on already for '{name or type(child).__name__}'; "
+                "ferry.remove(module) first, to change its options"
+            )
+        registry = child.__dict__.get("_diffusers_hook")
+        if registry is not None and registry.get_hook("group_offloading") is not None:
+            raise ValueError(
+                "diffusers' own group offloading is on already for "
+                f"'{name or type(child).__name__}'; load the model anew, or use one of the two"
+            )
+
+
+def checked(config: GroupOffloadingConfig, name: str) -> GroupOffloadingConfig:
+    """Throws ValueError for options that mean nothing."""
+    config.onload_device = torch.device(config.onload_device)
+    config.offload_device = torch.device(config.offload_device)
+    config.offload_type = str(getattr(config.offload_type, "value", config.offload_type))
+    if config.offload_type not in ("block_level", "leaf_level"):
+        raise ValueError(
+            f"{name}: offload_type is '{config.offload_type}', expected 'block_level' or 'leaf_level'"
+        )
+    if config.offload_type == "block_level" and config.num_blocks_per_group is None:
+        raise ValueError("`num_blocks_per_group` must be provided when using block_level offloading.")
+    if config.num_blocks_per_group is not None and config.num_blocks_per_group < 1:
+        raise ValueError(f"{name}: num_blocks_per_group is {config.num_blocks_per_group}; at least 1 is meant")
+    if config.offload_device.type not in ("cpu", "disk"):
+        raise ValueError(
+            f"{name}: offload_device is {config.offload_device}; weights wait on the CPU, or on disk "
+            "with offload_to_disk_path"
+        )
+    device = config.onload_device
+    if device.type == "cpu":
+        return config
+    backend = getattr(torch, device.type, None)
+    if backend is None or not getattr(backend, "is_available", lambda: False)():
+        raise ValueError(
+            f"{name}: onload_device is {device}, and there is no such device here. On a machine "
+            "without an accelerator use onload_device='cpu': weights then stream from disk"
+        )
+    if device.index is None:
+        config.onload_device = torch.device(device.type, backend.current_device())
+    return config
+
+
+def apply_group_offloading(
+    module: nn.Module,
+    onload_device: str | torch.device,
+    offload_device: str | torch.device = torch.device("cpu"),
+    offload_type: str = "block_level",
+    num_blocks_per_group: int | None = None,
+    non_blocking: bool = False,
+    use_stream: bool = False,
+    record_stream: bool = False,
+    low_cpu_mem_usage: bool = False,
+    offload_to_disk_path: str | os.PathLike | None = None,
+    block_modules: list[str] | None = None,
+    exclude_kwargs: list[str] | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    checkpoint: str | os.PathLike | None = None,
+    weights_memory: int | str | None = None,
+    engine: _C.Engine | None = None,
+    name: str | None = None,
+) -> GroupOffloading:
+    """Moves the layers of ``module`` in groups: to where compute happens just before they run, away
+    after. The arguments are those of ``diffusers.hooks.apply_group_offloading``.
+
+    Unlike there, any number of blocks a group works with ``use_stream``, and disk with every kind of
+    weight, quantized ones too; with ``onload_device="cpu"`` weights stream from disk into RAM. Weights
+    that are in memory as mappings of the safetensors files they were loaded from are read from those
+    files, which are not rewritten.
+
+    Args:
+        module: any module; its weights are in memory when this is called.
+        onload_device: where compute happens.
+        offload_to_disk_path: weights that come from no file are written to this folder.
+        exclude: names of modules (dotted) whose weights stay on the onload device.
+        checkpoint: folder or safetensors file the weights were loaded from, for weights that are no
+            mapping of it. Each is compared before it is relied on.
+        weights_memory: what weights may take where compute happens, in bytes or as "6GiB". Default:
+            as little as can be done with, and with ``use_stream`` as much again to read ahead.
+        engine: shares its budget with other modules. Default: one of its own.
+
+    Raises:
+        ValueError: options that mean nothing; other offloading is on; a budget that is too small.
+        TypeError: a tensor subclass that ferry does not know (``register_tensor_subclass``).
+        OSError, RuntimeError: reading or writing failed.
+    """
+    name = name or type(module).__name__
+    config = checked(
+        GroupOffloadingConfig(
+            onload_device=onload_device,
+            offload_device=offload_device,
+            offload_type=offload_type,
+            num_blocks_per_group=num_blocks_per_group,
+            non_blocking=non_blocking,
+            record_stream=record_stream,
+            use_stream=use_stream,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            offload_to_disk_path=None if offload_to_disk_path is None else os.fspath(offload_to_disk_path),
+            block_modules=block_modules,
+            exclude_kwargs=exclude_kwargs,
+            exclude=tuple(exclude),
+            checkpoint=None if checkpoint is None else os.fspath(checkpoint),
+        ),
+        name,
+    )
+    return apply_config(module, config, weights_memory=weights_memory, engine=engine, name=name)
+
+
+def as_bytes(size: int | str | None) -> int:
+    """Bytes of a number or of a text as "6GiB"; none is 0."""
+    if size is None:
+        return 0
+    return _C.parse_bytes(size) if isinstance(size, str) else int(size)
+
+
+def apply_config(
+    module: nn.Module,
+    config: GroupOffloadingConfig,
+    *,
+    weights_memory: int | str | None = None,
+    engine: _C.Engine | None = None,
+    name: str | None = None,
+    wrap_around: bool = True,
+) -> GroupOffloading:
+    """``apply_group_offloading`` with checked options."""
+    _check_no_other_hooks(module)
+    device = config.onload_device
+    if engine is None:
+        all_in_host = (
+            device.type != "cpu"
+            and not config.low_cpu_mem_usage
+            and config.offload_to_disk_path is None
+        )
+        engine = _C.Engine(
+            device,
+            weights_memory=as_bytes(weights_memory),
+            host_memory=_C.ALL_WEIGHTS if all_in_host else 0,
+            read_ahead=config.use_stream,
+        )
+    elif engine.device != device:
+        raise ValueError(f"onload_device is {device}, but the engine computes on {engine.device}")
+    offloading = GroupOffloading(
+        module, config, engine, name or type(module).__name__, wrap_around=wrap_around
+    )
+    module.__dict__[_ATTRIBUTE] = offloading
+    return offloading

@@ -1,0 +1,140 @@
+"""Training through modules whose weights come and go.
+
+Memory that streams must not enter a graph: a backward would find other weights in it. So a call
+through a module that leases is one autograd function, which leases again in its backward and
+computes anew, as a reentrant checkpoint does (torch.utils.checkpoint.CheckpointFunction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+__all__ = ["run_recomputed", "wants_recompute"]
+
+
+def wants_recompute(module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a graph would be made around this call."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad
+           for leaf in pytree.tree_leaves((args, kwargs))):  # fmt: skip
+        return True
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+class _Call:
+    """One call: how to run it again, and what it needs to give the same."""
+
+    def __init__(
+        self,
+        forward: Callable,
+        lease: Callable[[], AbstractContextManager],
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+    ):
+        self.forward = forward
+        self.lease = lease
+        self.leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.spec = spec
+        self.out_spec: pytree.TreeSpec | None = None
+        self.out_leaves: list[Any] = []
+        self.out_places: list[int] = []
+
+    def run(self, tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        output = self.forward(*args, **kwargs)
+        out_leaves, self.out_spec = pytree.tree_flatten(output)
+        self.out_places = [i for i, x in enumerate(out_leaves) if isinstance(x, torch.Tensor)]
+        self.out_leaves = [None if isinstance(x, torch.Tensor) else x for x in out_leaves]
+        return [out_leaves[i] for i in self.out_places]
+
+    def rebuild(self, outputs: tuple[torch.Tensor, ...]) -> Any:
+        leaves = list(self.out_leaves)
+        for place, tensor in zip(self.out_places, outputs, strict=True):
+            leaves[place] = tensor
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: _Call, _anchor: torch.Tensor, *tensors: torch.Tensor):
+        ctx.call = call
+        ctx.cpu_state = torch.get_rng_state()
+        ctx.device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
+        ctx.device_states = None
+        if ctx.device_type != "cpu":
+            ctx.device_states = get_device_states(*tensors)
+        ctx.autocast = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", ctx.device_type}
+        }
+        ctx.save_for_backward(*tensors)
+        with call.lease():
+            outputs = call.run(tensors)
+        ctx.mark_non_differentiable(
+            *(out for out in outputs if not (out.is_floating_point() or out.is_complex()))
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        call = ctx.call
+        inputs = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        devices = [] if ctx.device_states is None else list(ctx.device_states[0])
+        with call.lease(), torch.random.fork_rng(
+            devices=devices, device_type="cuda" if ctx.device_type == "cpu" else ctx.device_type
+        ):
+            torch.set_rng_state(ctx.cpu_state)
+            if ctx.device_states is not None:
+                set_device_states(*ctx.device_states, device_type=ctx.device_type)
+            with torch.enable_grad(), _autocast(ctx.autocast):
+                outputs = call.run(tuple(inputs))
+            wanted = [
+                (out, grad)
+                for out, grad in zip(outputs, gradients, strict=True)
+                if out.requires_grad and grad is not None
+            ]
+            if wanted:
+                torch.autograd.backward(*map(list, zip(*wanted)))
+        return (None, None, *(t.grad for t in inputs))
+
+
+class _autocast:
+    """The autocast state of the forward."""
+
+    def __init__(self, states: dict[str, tuple[bool, torch.dtype]]):
+        self._contexts = [
+            torch.autocast(kind, dtype=dtype, enabled=enabled)
+            for kind, (enabled, dtype) in states.items()
+            if enabled
+        ]
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *exc) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*exc)
+
+
+def run_recomputed(
+    forward: Callable, lease: Callable[[], AbstractContextManager], args: tuple, kwargs: dict
+) -> Any:
+    """``forward(*args, **kwargs)`` under ``lease()``, as one node of the graph."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    call = _Call(forward, lease, leaves, spec)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    # The anchor makes a node also where only parameters want gradients.
+    outputs = _Recompute.apply(call, torch.empty(0, requires_grad=True), *tensors)
+    return call.rebuild(outputs)
