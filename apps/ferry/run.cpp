@@ -8,6 +8,7 @@
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
 
+#include <atomic>
 #include <cstdio>
 #include <exception>
 #include <functional>
@@ -26,24 +27,25 @@ constexpr int kFailure = 1;
 constexpr int kWrongUse = 2;
 constexpr int kStopped = 130;
 
-const ferry::StopSource& stop_source() {
-  static const ferry::StopSource* source = new ferry::StopSource();  // outlives the handler
-  return *source;
-}
+// Of the command that runs. Never freed: a handler may still be looking at it.
+std::atomic<const ferry::StopSource*> stop_source = nullptr;
 
 // The first signal asks the work to stop; a second one ends the process where it is. Files are
 // published by rename, so even that leaves nothing half-written.
 void on_signal(int) {
-  if (stop_source().stop_requested()) _exit(kStopped);
-  stop_source().request_stop();
+  const ferry::StopSource* source = stop_source;
+  if (source->stop_requested()) _exit(kStopped);
+  source->request_stop();
 }
 
-void install_handlers() {
-  stop_source();
+ferry::StopToken install_handlers() {
+  auto* source = new ferry::StopSource();
+  stop_source = source;
   struct sigaction action {};
   action.sa_handler = on_signal;
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
+  return source->token();
 }
 
 int fail(int code, const std::string& message) {
@@ -125,8 +127,7 @@ int run_command_line(int argc, char** argv) {
   } catch (const ferry::ArgumentError& error) {
     return fail(kWrongUse, error.what());
   }
-  install_handlers();
-  context.stop = stop_source().token();
+  context.stop = install_handlers();
   for (const Command& command : commands) {
     if (command.app->parsed()) return run(command, context);
   }
