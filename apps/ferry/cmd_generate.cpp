@@ -11,7 +11,6 @@
 #include "command.h"
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
-#include "ferry/base/progress.h"
 #include "ferry/base/system_info.h"
 #include "ferry/base/trace.h"
 #include "ferry/base/units.h"
@@ -27,6 +26,7 @@
 #include "measure.h"
 #include "packing_bar.h"
 #include "quantizing_bar.h"
+#include "stage_bars.h"
 #include "tensor_file.h"
 
 namespace ferry::cli {
@@ -59,47 +59,6 @@ pipelines::LooseFiles loose_files(const GenerateOptions& options) {
   }
   return files;
 }
-
-// The bars of the stages, one after the other, and how long each took.
-class Stages {
- public:
-  Stages(bool quiet, Trace* trace) : quiet_(quiet), trace_(trace) {}
-
-  void update(const pipelines::Progress& progress) {
-    if (progress.stage != stage_) begin(progress);
-    if (bar_) bar_->set(progress.step);
-    if (progress.step == progress.total) end();
-  }
-  const nlohmann::ordered_json& seconds() const { return seconds_; }
-
- private:
-  void begin(const pipelines::Progress& progress) {
-    end();
-    stage_ = progress.stage;
-    start_ = Clock::now();
-    static const std::map<std::string, std::string> texts = {
-        {"encode", "encoding the prompt"}, {"denoise", "denoising"}, {"decode", "decoding"}};
-    auto text = texts.find(stage_);
-    bar_ = std::make_unique<ProgressBar>(
-        text == texts.end() ? stage_ : text->second, progress.total,
-        ProgressOptions{.mode = quiet_ ? ProgressMode::quiet : ProgressMode::automatic});
-  }
-  void end() {
-    if (!bar_) return;
-    bar_->finish();
-    bar_.reset();
-    auto now = Clock::now();
-    seconds_[stage_] = std::chrono::duration<double>(now - start_).count();
-    if (trace_) trace_->complete("stage", stage_, start_, now, "stages");
-  }
-
-  bool quiet_;
-  Trace* trace_;
-  std::string stage_;
-  Clock::time_point start_;
-  std::unique_ptr<ProgressBar> bar_;
-  nlohmann::ordered_json seconds_ = nlohmann::ordered_json::object();
-};
 
 // a.png -> a-0.png, a-1.png, … where there are several.
 std::string numbered(const std::string& path, size_t index, size_t count) {
@@ -321,8 +280,10 @@ int run_generate(const GenerateOptions& options, Context& context) {
              engine_options(options, device, context, tracing), context);
   double load_seconds = std::chrono::duration<double>(Clock::now() - start).count();
 
-  Stages stages(context.quiet, tracing);
-  arguments.progress = [&](const pipelines::Progress& progress) { stages.update(progress); };
+  StageBars stages(progress_mode(context), tracing);
+  arguments.progress = [&](const pipelines::Progress& progress) {
+    stages.update(progress.stage, progress.step, progress.total);
+  };
   arguments.stop = context.stop;
   if (!options.save_embeds.empty()) {
     const pipelines::CallbackTensors embeds = pipeline->encode_prompts(arguments);
