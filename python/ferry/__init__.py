@@ -1,12 +1,54 @@
-"""ferry: diffusion models in less memory than their weights need."""
+"""ferry runs diffusion models in less memory than their weights need.
 
-import torch  # noqa: F401  its libraries have to be loaded before the extension's
+Weights are brought to where compute happens just before they are used, from disk or from host
+memory, while what comes before them computes.
+"""
 
-from . import _C
-from .group_offloading import (
+from __future__ import annotations
+
+from ferry._load import load_extension
+
+_C = load_extension()
+
+from ferry import diffusers_hooks, models  # noqa: E402
+from ferry._C import (  # noqa: E402
+    ArgumentError,
+    BudgetError,
+    Cancelled,
+    DeviceError,
+    Error,
+    FormatError,
+    IoError,
+    __version__,
+    set_log_level,
+)
+from ferry.group_offloading import (  # noqa: E402
     GroupOffloading,
     GroupOffloadingConfig,
     apply_group_offloading,
     offloading_of,
 )
-from .slots import register_tensor_subclass
+from ferry.pictures import Picture, Pipeline, generate  # noqa: E402
+from ferry.slots import register_tensor_subclass  # noqa: E402
+
+__all__ = [
+    "ArgumentError",
+    "BudgetError",
+    "Cancelled",
+    "DeviceError",
+    "Error",
+    "FormatError",
+    "GroupOffloading",
+    "GroupOffloadingConfig",
+    "IoError",
+    "Picture",
+    "Pipeline",
+    "__version__",
+    "apply_group_offloading",
+    "diffusers_hooks",
+    "generate",
+    "models",
+    "offloading_of",
+    "register_tensor_subclass",
+    "set_log_level",
+]
