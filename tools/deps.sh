@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 torch=2.11.0
 packages=(
-  g++ cmake ninja-build pkg-config git python3 python3-venv
+  g++ cmake ninja-build pkg-config git python3 python3-venv python3-dev
   nlohmann-json3-dev libcli11-dev libspdlog-dev libgtest-dev libgmock-dev
   liburing-dev libzstd-dev libxxhash-dev libssl-dev libicu-dev libpng-dev libjpeg-dev libwebp-dev
   clang-format
@@ -23,6 +23,7 @@ for package in ${missing[@]+"${missing[@]}"}; do
     g++|cmake|git|clang-format) command -v "$package" >/dev/null && continue ;;
     ninja-build) command -v ninja >/dev/null && continue ;;
     python3) command -v python3 >/dev/null && continue ;;
+    python3-dev) python3 -c 'import os, sysconfig; open(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null && continue ;;
     python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null && continue ;;
     pkg-config) command -v pkg-config >/dev/null && continue ;;
     libjpeg-dev) [ -e /usr/include/jpeglib.h ] && continue ;;
