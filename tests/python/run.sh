@@ -16,6 +16,6 @@ skip() {
 "$python" -c 'import numpy, pytest, safetensors, torch' 2>/dev/null || skip "$python lacks torch, numpy, safetensors or pytest"
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 [ -e "$package/ferry/_C$suffix" ] || skip "$package/ferry has no _C$suffix: it was built for another Python than $python"
-export PYTHONPATH="$package" PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$package:$(dirname "$package")/tests/python" PYTHONDONTWRITEBYTECODE=1
 if [ $# -gt 0 ]; then exec "$python" -m pytest -p no:cacheprovider "$@"; fi
 exec "$python" -m pytest -p no:cacheprovider -q "$root/tests/python"

@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "ferry/testing/fake_generator.h"
 #include "ferry/testing/fake_memory.h"
 #include "ferry/testing/fake_shapes.h"
 #include "ferry/testing/fake_streams.h"
@@ -76,6 +77,8 @@ class TensorMap {
 };
 
 at::Tensor to_meta(const at::Tensor& tensor) {
+  // Under Python some meta kernels are Python's, which want numbers as numbers.
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number() && tensor.is_cpu()) return tensor;
   return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
 }
 
@@ -117,6 +120,22 @@ void check_devices(const c10::OperatorHandle& op, const Stack& arguments) {
 
 bool writes(const c10::Argument& argument) {
   return argument.alias_info() && argument.alias_info()->isWrite();
+}
+
+// The CPU's kernels take the CPU's generators.
+void take_cpu_generators(Stack& arguments) {
+  for (c10::IValue& value : arguments) {
+    if (value.isGenerator()) value = cpu_generator(value.toGenerator());
+  }
+}
+
+// normal_, uniform_, random_, …: what is written depends on nothing but the generator.
+bool draws(const c10::OperatorHandle& op, const Stack& arguments) {
+  if (!op.hasTag(at::Tag::nondeterministic_seeded)) return false;
+  size_t tensors = 0;
+  for (const c10::IValue& value : arguments) tensors += value.isTensor() ? 1 : 0;
+  return tensors == 1 && op.schema().returns().size() == 1 && arguments[0].isTensor() &&
+         writes(op.schema().arguments()[0]);
 }
 
 // The argument that a return is, for in-place and out= operations; -1: a new tensor.
@@ -212,6 +231,22 @@ at::Tensor copy_to_device(const at::Tensor& cpu, at::Tensor into = {}) {
   return into;
 }
 
+// Numbers are drawn at the call, as a GPU's launch takes its part of the sequence then: the next
+// draw, and a new seed, may come from the host before the stream gets here.
+Stack draw(const c10::OperatorHandle& op, const Stack& arguments) {
+  at::Tensor written = arguments[0].toTensor();
+  Stack cpu_arguments = arguments;
+  cpu_arguments[0] = at::empty_strided(written.sizes(), written.strides(),
+                                       written.options().device(at::kCPU).pinned_memory(false));
+  Stack results = run_on_cpu(op, cpu_arguments);
+  Streams& streams = Streams::get();
+  streams.enqueue(streams.current(), {.kind = JobKind::operation,
+                                      .name = full_name(op),
+                                      .run = [cpu = results[0].toTensor(),
+                                              target = cpu_alias(written)] { target.copy_(cpu); }});
+  return {arguments[0]};
+}
+
 Stack run_synchronously(const c10::OperatorHandle& op, const Stack& arguments) {
   const auto& schema = op.schema();
   TensorMap aliases(to_cpu);
@@ -241,6 +276,24 @@ Stack run_synchronously(const c10::OperatorHandle& op, const Stack& arguments) {
     }
   }
   return returned;
+}
+
+bool is_attention_without_dropout(const c10::OperatorHandle& op, const Stack& arguments) {
+  const std::optional<int> index = op.schema().argumentIndexWithName("dropout_p");
+  return index && arguments[static_cast<size_t>(*index)].toDouble() == 0;
+}
+
+Stack run(const c10::OperatorHandle& op, const Stack& arguments) {
+  // Only in this order is what is drawn the CPU's sequence.
+  if (op.hasTag(at::Tag::nondeterministic_seeded) && !is_attention_without_dropout(op, arguments))
+    return run_synchronously(op, arguments);
+  TensorMap meta(to_meta);
+  const Stack metas = meta(arguments);
+  std::optional<Stack> results = infer_results(op, metas);
+  bool all_tensors = results.has_value();
+  for (size_t i = 0; all_tensors && i < results->size(); ++i)
+    all_tensors = (*results)[i].isTensor();
+  return all_tensors ? enqueue(op, arguments, metas, *results) : run_synchronously(op, arguments);
 }
 
 // The composite asks the device for its fused kernels, of which this one has none.
@@ -273,17 +326,11 @@ void run_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack)
   Stack arguments(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
   move_indices(op, arguments);
   check_devices(op, arguments);
+  take_cpu_generators(arguments);
   Stack returned;
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    TensorMap meta(to_meta);
-    const Stack metas = meta(arguments);
-    std::optional<Stack> results = infer_results(op, metas);
-    bool all_tensors = results.has_value();
-    for (size_t i = 0; all_tensors && i < results->size(); ++i)
-      all_tensors = (*results)[i].isTensor();
-    returned =
-        all_tensors ? enqueue(op, arguments, metas, *results) : run_synchronously(op, arguments);
+    returned = draws(op, arguments) ? draw(op, arguments) : run(op, arguments);
   }
   torch::jit::drop(*stack, count);
   for (c10::IValue& value : returned) stack->push_back(std::move(value));

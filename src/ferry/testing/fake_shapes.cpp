@@ -128,7 +128,8 @@ Stack index_select(const Stack& in) {
 at::Tensor broadcast(const std::vector<at::Tensor>& inputs, at::ScalarType dtype) {
   at::TensorIteratorConfig config;
   const at::Tensor fresh;
-  config.set_check_mem_overlap(false).check_all_same_dtype(false).add_owned_output(fresh);
+  config.set_check_mem_overlap(false).check_all_same_dtype(false).allow_cpu_scalars(true);
+  config.add_owned_output(fresh);
   for (const at::Tensor& input : inputs) config.add_const_input(input);
   return config.declare_static_dtype_and_device(dtype, at::kMeta).build().output();
 }
@@ -221,7 +222,7 @@ std::optional<Stack> infer_results(const c10::OperatorHandle& op, const Stack& a
   const c10::OperatorName& name = op.operator_name();
   std::string full = name.name;
   if (!name.overload_name.empty()) full += "." + name.overload_name;
-  if (indexes_by_mask(arguments)) return std::nullopt;
+  if (indexes_by_mask(arguments) || op.hasTag(at::Tag::dynamic_output_shape)) return std::nullopt;
   for (const auto& [known, rule] : kRules) {
     if (known == full) return rule(arguments);
   }
