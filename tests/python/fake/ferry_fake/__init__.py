@@ -36,6 +36,7 @@ from ._fake import (
     reset_peak,
     set_options,
 )
+from .patches import patch_safetensors
 
 __all__ = [
     "changed_options",
@@ -45,6 +46,7 @@ __all__ = [
     "live_bytes",
     "log",
     "options",
+    "patch_safetensors",
     "peak_bytes",
     "pinned_bytes",
     "reset_counters",
