@@ -48,6 +48,14 @@ _HUB_TEXT = re.compile(
     r"|Unable to load vocabulary|Failed to resolve|Max retries exceeded",
     re.I,
 )
+# Failures that say that this machine or device lacks something: pattern, module whose absence is
+# the cause (empty: whatever is installed), reason.
+_LACKS = (
+    (r"^ModuleNotFoundError: No module named '([\w.]+)'", "", r"needs the package \1"),
+    (r"^NameError: name 'transforms' is not defined", "torchvision", "needs the package torchvision"),
+    (r"^ValueError: (FlexAttention is only supported on [\w, ]+ devices)", "", r"torch: \1"),
+)
+
 # Locals and arguments of their functions that hold the repository's name.
 _HUB_LOCALS = ("pretrained_model_name_or_path", "pretrained_model_or_path", "path_or_repo_id", "repo_id")
 
@@ -102,6 +110,15 @@ def _hub_reason(call: pytest.CallInfo) -> str | None:
     return "needs a download from the hub"
 
 
+def _lacks_reason(error: BaseException) -> str | None:
+    text = f"{type(error).__name__}: {error}"
+    for pattern, module, reason in _LACKS:
+        match = re.match(pattern, text)
+        if match and not (module and importlib.util.find_spec(module)):
+            return match.expand(reason)
+    return None
+
+
 def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else str(report.longrepr).strip()
@@ -144,7 +161,7 @@ class Recorder:
         outcome = yield
         report = outcome.get_result()
         if report.failed and call.excinfo is not None:
-            reason = _hub_reason(call)
+            reason = _hub_reason(call) or _lacks_reason(call.excinfo.value)
             if reason:
                 report.outcome = "skipped"
                 report.longrepr = (str(item.path), 0, reason)

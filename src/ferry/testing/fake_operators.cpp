@@ -6,6 +6,8 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <torch/library.h>
 
@@ -228,6 +230,8 @@ void register_operators() {
   own->impl("resize_", &resize_);
   own->impl("as_strided", &at::native::as_strided_tensorimpl);
   own->impl("view", &at::native::view);
+  own->impl("view_as_complex", &at::native::view_as_complex);
+  own->impl("view_as_real", &at::native::view_as_real);
   own->impl("_reshape_alias", &at::native::_reshape_alias);
   own->impl("unfold", &at::native::unfold);
   own->impl("set_.source_Storage_storage_offset", &set_storage_offset);

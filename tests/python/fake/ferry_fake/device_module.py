@@ -97,18 +97,17 @@ def get_device_properties(device: _DeviceLike = None) -> SimpleNamespace:
 # ---- streams and events ----
 
 
-class Stream(torch.Stream):
-    """One of the device's streams, as ``torch.Stream(device="fake")``."""
+def Stream(device: _DeviceLike = None, priority: int = 0, **known: int) -> torch.Stream:
+    """A stream of the device's pool. ``known``, stream_id, device_index and device_type, names an
+    existing one."""
+    if known:
+        return torch.Stream(priority=priority, **known)
+    return torch.Stream(torch.device("fake", _index(device)), priority=priority)
 
-    def __new__(cls, device: _DeviceLike = None, priority: int = 0, **known: int) -> "Stream":
-        if known:  # stream_id, device_index, device_type: an existing one
-            return super().__new__(cls, priority=priority, **known)
-        return super().__new__(cls, torch.device("fake", _index(device)), priority=priority)
 
-
-class Event(torch.Event):
-    def __new__(cls, enable_timing: bool = False, **ignored: bool) -> "Event":
-        return super().__new__(cls, device="fake", enable_timing=enable_timing)
+def Event(enable_timing: bool = False, **ignored: bool) -> torch.Event:
+    # No subclass: Event.elapsed_time() takes torch.Event only.
+    return torch.Event(device="fake", enable_timing=enable_timing)
 
 
 def current_stream(device: _DeviceLike = None) -> torch.Stream:
