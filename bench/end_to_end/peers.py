@@ -1,7 +1,9 @@
-"""One forward mode of Python diffusers on one component folder, timed: a peer of `ferry forward`.
+"""One forward mode of Python diffusers on one component folder, timed: a peer of `ferry forward`,
+or diffusers' model on ferry's engine (the Python package).
 
 Modes: resident (disable_mmap), hook (accelerate's AlignDevicesHook wired by hand onto the original
-shards: the best route that Python has), group_disk (diffusers' group offloading, block level, to disk),
+shards: the best route that Python has), disk_offload (accelerate's own, to files that it writes), ferry (the
+Python package under --weights-memory, from the mapped shards; needs PYTHONPATH), group_disk (diffusers' group offloading, block level, to disk),
 block and leaf (its group offloading from host memory; --stream, --record-stream, --low-cpu-mem are its
 options of these names), model (the whole model goes to the device before a forward and back after it, as
 enable_model_cpu_offload does). Prints one JSON object: load seconds, seconds of each forward, peak
@@ -17,12 +19,13 @@ import tempfile
 import time
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("mode", choices=["resident", "hook", "group_disk", "block", "leaf", "model"])
+parser.add_argument("mode", choices=["resident", "hook", "disk_offload", "ferry", "group_disk", "block", "leaf", "model"])
 parser.add_argument("folder")
 parser.add_argument("inputs")
 parser.add_argument("--output")
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--repeat", type=int, default=3)
+parser.add_argument("--weights-memory", default="512MiB")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--stream", action="store_true")
 parser.add_argument("--record-stream", action="store_true")
@@ -89,7 +92,17 @@ if args.mode == "hook":
             add_hook_to_module(module, hook)
 else:
     model = FluxTransformer2DModel.from_pretrained(args.folder, torch_dtype=torch.bfloat16, disable_mmap=not args.mmap)
-    if args.mode == "group_disk":
+    if args.mode == "ferry":
+        import ferry
+        offloading = ferry.apply_group_offloading(model, device, offload_type="leaf_level", use_stream=True,
+                                                  weights_memory=args.weights_memory)
+        assert offloading.client.bound_bytes == offloading.client.total_bytes, "something would be written"
+    elif args.mode == "disk_offload":
+        from accelerate import disk_offload
+        scratch = tempfile.mkdtemp(prefix="disk_offload.", dir=os.environ.get("TMPDIR", "/tmp"))
+        disk_offload(model, scratch, execution_device=device)
+        files = glob.glob(os.path.join(scratch, "*"))
+    elif args.mode == "group_disk":
         scratch = tempfile.mkdtemp(prefix="group_disk.", dir=os.environ.get("TMPDIR", "/tmp"))
         apply_group_offloading(model, onload_device=device, offload_device=torch.device("cpu"),
                                offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=scratch,

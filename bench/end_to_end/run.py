@@ -16,6 +16,8 @@ pack, which `ferry pack` has to have made of --model:
 
   run.py --model DIR --threads 2 --tokens 256+64 --repeat 9 --modes ferry_512_io500 ferry_512_io500_packs
 
+py_ferry is Python's model on ferry's engine (the Python package of the same build) under 512 MiB.
+
 A scheme of `ferry quantize` at the end has the weights quantized (once, into the pack cache): ferry_int8wo
 resident, ferry_256_io500_int8wo streamed; the difference of the latter is to the former.
 """
@@ -123,12 +125,16 @@ def run_mode(mode, model, inputs, threads, work, limits):
     env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     if mode.startswith("py_"):
         command = [args.python, os.path.join(HERE, "peers.py"),
-                   {"py_resident": "resident", "py_hook": "hook", "py_group": "group_disk"}[mode], model, inputs,
+                   {"py_resident": "resident", "py_hook": "hook", "py_group": "group_disk",
+                    "py_disk_offload": "disk_offload", "py_ferry": "ferry"}[mode], model, inputs,
                    "--output", out, "--threads", str(threads), "--repeat", str(args.repeat)]
         if mode != "py_resident":
             command.append("--cold")
-        if limits.memory_is_limited:
+        if limits.memory_is_limited or mode == "py_ferry":
             command.append("--mmap")
+        if mode == "py_ferry":
+            package = os.path.join(os.path.dirname(os.path.abspath(args.ferry)), "..", "..", "python")
+            env["PYTHONPATH"] = os.path.normpath(package)
         done = limits.run(command, env)
         if done.returncode:
             return failure(done)

@@ -28,6 +28,7 @@ from ferry.group_offloading import (  # noqa: E402
     apply_group_offloading,
     offloading_of,
 )
+from ferry.offload import Offloading, Report, TraceFile, offload, remove, report, trace  # noqa: E402
 from ferry.pictures import Picture, Pipeline, generate  # noqa: E402
 from ferry.slots import register_tensor_subclass  # noqa: E402
 
@@ -41,14 +42,21 @@ __all__ = [
     "GroupOffloading",
     "GroupOffloadingConfig",
     "IoError",
+    "Offloading",
     "Picture",
     "Pipeline",
+    "Report",
+    "TraceFile",
     "__version__",
     "apply_group_offloading",
     "diffusers_hooks",
     "generate",
     "models",
+    "offload",
     "offloading_of",
     "register_tensor_subclass",
+    "remove",
+    "report",
     "set_log_level",
+    "trace",
 ]

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CallPoint"]
+__all__ = ["CallPoint", "untraced"]
+
+
+def untraced(function: Callable) -> Callable:
+    """The function as torch.compile leaves it; what it calls is compiled."""
+    return torch._dynamo.disable(function, recursive=False)
 
 
 class CallPoint:
@@ -22,7 +27,7 @@ class CallPoint:
 
     Args:
         module: whose calls are wrapped.
-        around: ``around(forward, args, kwargs)`` runs the call.
+        around: ``around(forward, args, kwargs)`` runs the call; none: calls are left as they are.
         lease: holds the module's weights while code other than its forward touches them (``to()``,
             ``state_dict()``, ``load_state_dict()``); none: the module has no weights that move.
         entries: methods besides ``forward`` that are called from outside (``encode``, ``decode``).
@@ -31,7 +36,7 @@ class CallPoint:
     def __init__(
         self,
         module: nn.Module,
-        around: Callable[[Callable, tuple, dict], Any],
+        around: Callable[[Callable, tuple, dict], Any] | None,
         lease: Callable[[], AbstractContextManager] | None = None,
         entries: tuple[str, ...] = (),
     ):
@@ -42,8 +47,11 @@ class CallPoint:
         self._before: dict[str, tuple[bool, Any]] = {}
         self._wrappers: dict[str, Callable] = {}  # the newest of each
         self._all: list[Callable] = []
-        for name in ("forward", *entries):
-            self._wrap_call(name)
+        if around is not None:
+            around = untraced(around)
+            self._around = around
+            for name in ("forward", *entries):
+                self._wrap_call(name)
         if lease is not None:
             self._wrap_held("_apply", lease)
             self._wrap_held("_load_from_state_dict", lease)
@@ -64,8 +72,7 @@ class CallPoint:
             finally:
                 self._inside -= 1
 
-        # These two are not traced (torch.compile); what they call is.
-        guarded = torch._dynamo.disable(guarded, recursive=False)
+        guarded = untraced(guarded)
 
         @functools.wraps(inner)
         def wrapper(*args, **kwargs):
@@ -74,7 +81,7 @@ class CallPoint:
                 return inner(*args, **kwargs)
             return self._around(guarded, args, kwargs)
 
-        self._put(name, torch._dynamo.disable(wrapper, recursive=False))
+        self._put(name, untraced(wrapper))
 
     def _put(self, name: str, wrapper: Callable) -> None:
         self._wrappers[name] = wrapper
@@ -115,6 +122,8 @@ class CallPoint:
 
     def keep_outermost(self) -> None:
         """Goes around hooks that were added since."""
+        if self._around is None:
+            return
         if self.module.__dict__.get("forward") is not self._wrappers["forward"]:
             self._wrap_call("forward")
 

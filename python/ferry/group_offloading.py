@@ -7,17 +7,24 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from . import _C, diffusers_hooks
-from .call_points import CallPoint
+from .call_points import CallPoint, untraced
 from .disk_folder import write_folder
 from .grouping import Grouping
 from .recompute import run_recomputed, wants_recompute
-from .slots import Slot, collect_slots, inner_tensors, own_tensors, rebuild_wrappers
+from .slots import (
+    Slot,
+    collect_slots,
+    inner_tensors,
+    leave_inference_mode,
+    own_tensors,
+    rebuild_wrappers,
+)
 from .sources import checkpoint_sources, mapped_sources
 
 __all__ = ["GroupOffloading", "GroupOffloadingConfig", "apply_group_offloading", "offloading_of"]
@@ -81,6 +88,9 @@ def _send(value: Any, device: torch.device) -> Any:
 class GroupOffloading:
     """What is attached to one root module. ``remove`` detaches it and brings the weights back."""
 
+    # For whoever looks at all of them (``ferry.trace``).
+    alive: ClassVar[weakref.WeakSet[GroupOffloading]] = weakref.WeakSet()
+
     def __init__(
         self,
         root: nn.Module,
@@ -98,6 +108,7 @@ class GroupOffloading:
         self._exclude_kwargs = frozenset(config.exclude_kwargs or ())
         self._on_remove: list[Callable[[], None]] = []
 
+        leave_inference_mode(root)
         slots = collect_slots(root)
         block_modules = config.block_modules
         if block_modules is None:
@@ -136,6 +147,7 @@ class GroupOffloading:
         try:
             rebuild_wrappers(root)
             self._attach(root, grouping)
+            GroupOffloading.alive.add(self)
         except BaseException:
             self.remove()
             raise
@@ -190,7 +202,7 @@ class GroupOffloading:
                 self._points.append(
                     CallPoint(
                         module,
-                        lambda forward, args, kwargs: forward(*args, **kwargs),
+                        None,
                         lambda groups=groups: self._client.lease(groups),
                     )
                 )
@@ -204,6 +216,7 @@ class GroupOffloading:
             )
         )
 
+    @torch.compiler.disable
     def _moved(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         args = _send(args, self._device)
         if self._exclude_kwargs:
@@ -228,7 +241,7 @@ class GroupOffloading:
 
     def _pass(self, root: nn.Module, groups: list[int], recomputes: bool) -> Callable:
         client = self._client
-        leased = self._leased(groups, root) if groups and recomputes else None
+        leased = untraced(self._leased(groups, root)) if groups and recomputes else None
 
         def around(forward: Callable, args: tuple, kwargs: dict) -> Any:
             args, kwargs = self._moved(args, kwargs)
@@ -248,6 +261,7 @@ class GroupOffloading:
 
         return around
 
+    @torch.compiler.disable
     def _adopt_new(self, root: nn.Module) -> None:
         """Parameters that appeared since (an adapter's) stay where compute happens."""
         for point in self._points:

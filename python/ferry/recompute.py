@@ -18,6 +18,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 __all__ = ["run_recomputed", "wants_recompute"]
 
 
+@torch.compiler.disable
 def wants_recompute(module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether a graph would be made around this call."""
     if not torch.is_grad_enabled():

@@ -147,6 +147,24 @@ def collect_slots(root: nn.Module) -> dict[int, Slot]:
     return slots
 
 
+def leave_inference_mode(root: nn.Module) -> None:
+    """Makes ordinary tensors of parameters and buffers that were made in inference mode.
+
+    Such a tensor has no version counter, and can be given no data of another kind. The object stays
+    the same one (``torch.utils.swap_tensors``).
+    """
+    with torch.inference_mode(False):
+        for module_name, module in root.named_modules():
+            for name, tensor in own_tensors(module):
+                full = f"{module_name}.{name}" if module_name else name
+                for plain in inner_tensors(tensor, full).values():
+                    if plain.is_inference():
+                        again = plain.clone()
+                        if isinstance(plain, nn.Parameter):
+                            again = nn.Parameter(again, requires_grad=plain.requires_grad)
+                        torch.utils.swap_tensors(plain, again)
+
+
 def rebuild_wrappers(root: nn.Module) -> None:
     """Makes the outer tensors of subclasses agree with the device of their inner ones.
 

@@ -140,8 +140,8 @@ Plan Client::make_plan_locked() const {
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
   if (plans_by_time_) {
     options.rates.disk_bytes_per_s = measured_[reads_packs_].disk_bytes_per_s;
-    // The arena is not made anew for it.
-    if (engine_.carrier_)
+    // The arena is not made anew for it, unless what changed does not fit there.
+    if (engine_.carrier_ && engine_.arena_.size_bytes() >= smallest_budget(costs))
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
     options.order = order_;
     options.wrap_around = options_.wrap_around;

@@ -143,7 +143,9 @@ void Piece::detach() noexcept {
   for (SlotPlace& slot : slots) {
     slot.tensor.set_data(slot.stub);
     // A graph that saved the weight must not find other bytes in its place without a word.
-    if (!slot.tensor.is_inference()) slot.tensor.unsafeGetTensorImpl()->bump_version();
+    // (One that was made in inference mode has no counter, and is in no graph.)
+    c10::TensorImpl* tensor = slot.tensor.unsafeGetTensorImpl();
+    if (tensor->version_counter().enabled()) tensor->bump_version();
   }
 }
 

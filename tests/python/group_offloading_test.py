@@ -1,0 +1,338 @@
+"""apply_group_offloading on the CPU: streamed equals resident, bit for bit, whatever the options."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import glob
+import os
+
+import pytest
+import torch
+from offload_nets import Net, identities, input_of, make
+from torch import nn
+
+import ferry
+
+KINDS = ["block_level", "leaf_level"]
+
+
+def small(kind: str) -> dict:
+    return {"offload_type": kind, "num_blocks_per_group": 1 if kind == "block_level" else None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("disk", [False, True])
+@torch.no_grad()
+def test_streamed_equals_resident(kind, stream, disk, tmp_path):
+    net, x = make(), input_of()
+    expected, expected_more = net(x), net(x, use_skipped=True)
+    before = identities(net)
+    offloading = ferry.apply_group_offloading(
+        net, "cpu", use_stream=stream, offload_to_disk_path=tmp_path if disk else None, **small(kind)
+    )
+    for _ in range(3):
+        assert torch.equal(net(x), expected)
+    assert torch.equal(net(x, use_skipped=True), expected_more)
+    assert torch.equal(net(x), expected)
+    assert identities(net) == before
+    assert bool(glob.glob(str(tmp_path / "*.safetensors"))) == disk
+    assert not glob.glob(str(tmp_path / "*.tmp"))
+    offloading.remove()
+    assert torch.equal(net(x), expected)
+    assert identities(net) == before
+    assert "forward" not in net.__dict__ and "forward" not in net.blocks[0].__dict__
+
+
+@torch.no_grad()
+def test_outside_of_a_lease_weights_are_loud():
+    net = make()
+    ferry.apply_group_offloading(net, "cpu", **small("block_level"))
+    assert net.blocks[1].proj_in.weight.isnan().all()
+    assert net.blocks[1].proj_in.weight.shape == (256, 128)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@torch.no_grad()
+def test_several_blocks_a_group_with_streams(count):
+    net, x = make(), input_of()
+    expected = net(x)
+    made = ferry.apply_group_offloading(
+        net, "cpu", offload_type="block_level", num_blocks_per_group=count, use_stream=True
+    )
+    assert torch.equal(net(x), expected) and torch.equal(net(x), expected)
+    blocks = [g for g in made.report()["plan"]["groups"] if g["name"].startswith("blocks")]
+    assert len(blocks) == -(-4 // count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_two_models_through_one_folder(kind, tmp_path):
+    """diffusers reads the first model's files for the second one."""
+    from diffusers.hooks import apply_group_offloading as theirs
+
+    x = input_of()
+    outputs = {}
+    for name, apply in (("ferry", ferry.apply_group_offloading), ("diffusers", theirs)):
+        folder = tmp_path / name
+        nets = [make(seed=1), make(seed=2)]
+        for net in nets:
+            # Theirs cannot do the parameters of a module with others' in its way: blocks only.
+            for block in (net.blocks if name == "diffusers" else [net]):
+                apply(
+                    block,
+                    onload_device=torch.device("cpu"),
+                    offload_to_disk_path=str(folder),
+                    **small(kind),
+                )
+        outputs[name] = [net(x) for net in nets]
+    expected = [make(seed=1)(x), make(seed=2)(x)]
+    assert torch.equal(outputs["ferry"][0], expected[0])
+    assert torch.equal(outputs["ferry"][1], expected[1])
+    assert not torch.equal(outputs["diffusers"][1], expected[1])
+
+
+@torch.no_grad()
+def test_mapped_weights_are_read_from_their_file(tmp_path):
+    from diffusers import AutoencoderKL
+
+    config = dict(
+        block_out_channels=[32, 64],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    torch.manual_seed(0)
+    AutoencoderKL(**config).save_pretrained(tmp_path)
+    vae = AutoencoderKL.from_pretrained(tmp_path).eval()
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = vae.decode(z).sample
+    stamp = os.stat(tmp_path / "diffusion_pytorch_model.safetensors").st_mtime_ns
+    made = ferry.apply_group_offloading(vae, "cpu", offload_type="leaf_level", use_stream=True)
+    assert made.client.bound_bytes == made.client.total_bytes > 0
+    for _ in range(2):
+        assert torch.equal(vae.decode(z).sample, expected)
+    assert made.report()["bytes_read"] > 0
+    assert os.stat(tmp_path / "diffusion_pytorch_model.safetensors").st_mtime_ns == stamp
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@torch.no_grad()
+def test_a_mapped_weight_that_was_written_is_not_read_from_its_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    net, x = make(), input_of()
+    save_file({k: v.clone() for k, v in net.state_dict().items() if k != "linear_2.weight"}, tmp_path / "w.safetensors")
+    for name, value in load_file(tmp_path / "w.safetensors").items():
+        owner, _, last = name.rpartition(".")
+        table = net.get_submodule(owner)
+        old = getattr(table, last)
+        old.data = value
+    net.blocks[1].proj_in.weight.data.add_(1)  # no version counter tells
+    expected = net(x)
+    made = ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+    changed = net.blocks[1].proj_in.weight.numel() * 4
+    # Neighbours that share a page with it go with it.
+    assert 0 < made.client.bound_bytes <= made.client.total_bytes - changed
+    assert torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_checkpoint_is_compared_before_it_is_relied_on(tmp_path):
+    from safetensors.torch import save_file
+
+    net, x = make(), input_of()
+    save_file({k: v.clone() for k, v in net.state_dict().items()}, tmp_path / "w.safetensors")
+    net.blocks[0].proj_in.weight.add_(1)
+    expected = net(x)
+    made = ferry.apply_group_offloading(
+        net, "cpu", checkpoint=tmp_path / "w.safetensors", **small("block_level")
+    )
+    assert 0 < made.client.bound_bytes < made.client.total_bytes
+    assert torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_changed_weights_stay_changed(kind):
+    net, x = make(), input_of()
+    other = make(seed=5)
+    made = ferry.apply_group_offloading(net, "cpu", use_stream=True, **small(kind))
+    net(x)
+    net.load_state_dict(other.state_dict())
+    assert torch.equal(net(x), other(x)) and torch.equal(net(x), other(x))
+    net.to(torch.float64)
+    other.to(torch.float64)
+    assert torch.equal(net(x.double()), other(x.double()))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    made.remove()
+    assert torch.equal(net(x.double()), other(x.double()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_the_resident_ones(kind):
+    x = input_of()
+    resident, streamed = make().train(), make().train()
+    resident(x).square().sum().backward()
+    made = ferry.apply_group_offloading(streamed, "cpu", use_stream=True, **small(kind))
+    streamed(x).square().sum().backward()
+    for (name, a), b in zip(resident.named_parameters(), streamed.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5 * a.grad.abs().max().item())
+    made.remove()
+
+
+@torch.no_grad()
+def test_an_error_in_forward_leaves_nothing_leased():
+    net, x = make(), input_of()
+    expected = net(x)
+    ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("block_level"))
+    with pytest.raises(RuntimeError):
+        net(x[:, :5])
+    assert net.blocks[0].proj_in.weight.isnan().all()
+    assert torch.equal(net(x), expected)
+
+
+@torch.inference_mode()
+def test_inference_mode():
+    net, x = make(), input_of()
+    expected = net(x)
+    ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("leaf_level"))
+    assert torch.equal(net(x), expected) and torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_not_compiled_again():
+    net, x = make(), input_of()
+    expected = net(x)
+    ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("block_level"))
+    compiled = torch.compile(net, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs = stats["unique_graphs"]
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expected)
+    assert graphs > 0 and stats["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_hooks_that_come_later_run_under_the_lease():
+    net, x = make(), input_of()
+    expected = net(x)
+    ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+    seen = []
+    layer = net.blocks[2].proj_in
+    inner = layer.forward
+
+    def spy(*args):
+        seen.append(bool(layer.weight.isnan().any()))
+        return inner(*args)
+
+    layer.forward = spy
+    assert torch.equal(net(x), expected)
+    assert seen == [False]
+
+
+@torch.no_grad()
+def test_layerwise_casting_over_offloading():
+    """Weights that are cast and cast back around each call are not written anew each time."""
+    from diffusers.hooks import apply_layerwise_casting
+
+    net, x = make(), input_of()
+    apply_layerwise_casting(net, torch.float8_e4m3fn, torch.float32)
+    expected = net(x)
+    late = make()
+    made = ferry.apply_group_offloading(late, "cpu", use_stream=True, **small("leaf_level"))
+    apply_layerwise_casting(late, torch.float8_e4m3fn, torch.float32)
+    assert torch.equal(late(x), expected)
+    changed = made.report()["changed"]
+    assert torch.equal(late(x), expected)
+    assert made.report()["changed"] == changed
+
+
+def test_memory_does_not_grow_in_200_steps():
+    net, x = make(width=256, blocks=6), input_of(width=256)
+    made = ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("block_level"))
+    with torch.no_grad():
+        for _ in range(20):
+            net(x)
+        gc.collect()
+        before = ferry._C.current_rss_bytes()
+        for _ in range(200):
+            net(x)
+    gc.collect()
+    assert ferry._C.current_rss_bytes() - before < 4 << 20
+    assert made.report()["peak_bytes"] < made.client.total_bytes
+
+
+def test_remove_gives_back_a_module_that_can_be_copied():
+    net, x = make(), input_of()
+    made = ferry.apply_group_offloading(net, "cpu", **small("block_level"))
+    made.remove()
+    made.remove()  # a second time does nothing
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        assert torch.equal(twin(x), make()(x))
+    again = ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+    again.remove()
+
+
+def test_options_that_mean_nothing():
+    net = make()
+    with pytest.raises(ValueError, match="num_blocks_per_group"):
+        ferry.apply_group_offloading(net, "cpu", offload_type="block_level")
+    with pytest.raises(ValueError, match="expected 'block_level' or 'leaf_level'"):
+        ferry.apply_group_offloading(net, "cpu", offload_type="layer_level")
+    with pytest.raises(ValueError, match="use onload_device='cpu'"):
+        ferry.apply_group_offloading(net, "xpu", **small("leaf_level"))
+    with pytest.raises(ValueError, match="there is no module named 'nothing'"):
+        ferry.apply_group_offloading(net, "cpu", exclude=["nothing"], **small("leaf_level"))
+    with pytest.raises(ferry.BudgetError, match="give at least"):
+        ferry.apply_group_offloading(net, "cpu", weights_memory=4096, **small("block_level"))
+    assert not any(p.isnan().any() for p in net.parameters())  # all came back
+    ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+    with pytest.raises(ValueError, match="is on already"):
+        ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+
+
+def test_accelerates_hooks_are_refused():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    net = make()
+    add_hook_to_module(net.linear_1, AlignDevicesHook())
+    with pytest.raises(ValueError, match="Cannot apply group offloading"):
+        ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+
+
+class Strange(torch.Tensor):
+    pass
+
+
+def test_an_unknown_subclass_is_named():
+    net = Net(width=32)
+    net.gain = nn.Parameter(torch.ones(32).as_subclass(Strange))
+    with pytest.raises(TypeError, match="'gain' is a .*Strange.*register_tensor_subclass"):
+        ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+    ferry.register_tensor_subclass(Strange, lambda t: {"": t})
+    x = input_of(width=32)
+    with torch.no_grad():
+        expected = net(x)
+        ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+        assert torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_attention_that_reads_the_weights_below_it():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    x = torch.randn(2, 5, 64)
+    expected = layer(x)
+    ferry.apply_group_offloading(layer, "cpu", offload_type="leaf_level", use_stream=True)
+    assert torch.equal(layer(x), expected)
