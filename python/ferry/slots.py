@@ -192,5 +192,7 @@ def _rebuild(outer: torch.Tensor) -> None:
     with torch.no_grad():
         again = type(outer).__tensor_unflatten__(inner, context, outer.size(), outer.stride())
     if isinstance(outer, nn.Parameter):
-        again = nn.Parameter(again, requires_grad=outer.requires_grad)
+        # nn.Parameter(again) would detach it, and so make inner tensors of its own.
+        again.requires_grad_(outer.requires_grad)
+        again._is_param = True
     torch.utils.swap_tensors(outer, again)

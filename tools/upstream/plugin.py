@@ -2,7 +2,8 @@
 is imported, and writes every result to a file as it comes, so that a crash loses one test only.
 
 Told by environment variables (run.py sets them): FERRY_UPSTREAM_ENGINE, FERRY_UPSTREAM_DEVICE,
-FERRY_UPSTREAM_RESULTS (a file of JSON lines; tests that have a line in it are not run again).
+FERRY_UPSTREAM_RESULTS (a file of JSON lines; tests that have a line in it are not run again),
+FERRY_UPSTREAM_FAKE (options of the fake accelerator, JSON).
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ RESULTS = Path(os.environ["FERRY_UPSTREAM_RESULTS"])
 if DEVICE == "fake":
     import ferry_fake  # before anything asks torch for accelerators
 
+    ferry_fake.set_options(**json.loads(os.environ.get("FERRY_UPSTREAM_FAKE", "{}")))
     ferry_fake.patch_safetensors()
     # Inductor writes kernels for devices that it knows; the graphs of torch.compile run eagerly.
     torch._TorchCompileInductorWrapper.__call__ = lambda self, graph, inputs: graph.forward
 
 if ENGINE == "ferry":
-    importlib.import_module("ferry.diffusers").install()
+    importlib.import_module("ferry.diffusers_hooks").install()
 
 # Imported at the top of test modules by tests that are not selected.
 STAND_INS = ("datasets", "requests_mock")
@@ -41,26 +43,57 @@ STAND_INS = ("datasets", "requests_mock")
 # What huggingface_hub, transformers and diffusers say where they would download.
 _HUB_TYPES = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "HfHubHTTPError"}
 _HUB_TEXT = re.compile(
-    r"couldn't connect to 'https://huggingface\.co'|HF_HUB_OFFLINE|outgoing traffic has been disabled"
+    r"couldn't connect to 'https://huggingface\.co'|HF_HUB_OFFLINE"
+    r"|outgoing traffic has been disabled"
     r"|cannot find the requested files in the (disk|local) cache|offline mode is enabled"
-    r"|is not the path to a directory containing|Can't load tokenizer for|Can't load .* for '[\w./-]+'"
-    r"|does not appear to have a file named|is not a local folder and is not a valid model identifier"
+    r"|is not the path to a directory containing|Can't load .* for '[\w./-]+'"
+    r"|Can't load tokenizer for|does not appear to have a file named"
+    r"|is not a local folder and is not a valid model identifier"
     r"|Unable to load vocabulary|Failed to resolve|Max retries exceeded",
     re.I,
 )
 # Failures that say that this machine or device lacks something: pattern, module whose absence is
 # the cause (empty: whatever is installed), reason.
 _LACKS = (
-    (r"^ModuleNotFoundError: No module named '([\w.]+)'", "", r"needs the package \1"),
-    (r"^NameError: name 'transforms' is not defined", "torchvision", "needs the package torchvision"),
+    (r"^ModuleNotFoundError: No module named '((?!ferry)[\w.]+)'", "", r"needs the package \1"),
+    (r"^ImportError: \s*\w+ requires the (\w+) library", "", r"needs the package \1"),
+    (
+        r"^NameError: name 'transforms' is not defined",
+        "torchvision",
+        "needs the package torchvision",
+    ),
     (r"^ValueError: (FlexAttention is only supported on [\w, ]+ devices)", "", r"torch: \1"),
 )
 
 # Locals and arguments of their functions that hold the repository's name.
-_HUB_LOCALS = ("pretrained_model_name_or_path", "pretrained_model_or_path", "path_or_repo_id", "repo_id")
+_HUB_LOCALS = (
+    "pretrained_model_name_or_path", "pretrained_model_or_path", "path_or_repo_id", "repo_id",
+)  # fmt: skip
 
 
-def _install_stand_ins() -> list[str]:
+def _refuse_empty_tokenizers() -> None:
+    """transformers makes an empty tokenizer of a repository that it cannot reach, and what follows
+    fails for reasons of all kinds."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from transformers import PreTrainedTokenizerBase
+
+    load = PreTrainedTokenizerBase.from_pretrained.__func__
+
+    def from_pretrained(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
+        if not os.path.exists(name):
+            file = "tokenizer_config.json"
+            if kwargs.get("subfolder"):
+                file = f"{kwargs['subfolder']}/{file}"
+            if not isinstance(try_to_load_from_cache(str(name), file), str):
+                repo_id = str(name)  # noqa: F841  (for the reason)
+                raise LocalEntryNotFoundError(f"{name} is not in the cache")
+        return load(cls, name, *args, **kwargs)
+
+    PreTrainedTokenizerBase.from_pretrained = classmethod(from_pretrained)
+
+
+def _install_stand_ins() -> None:
     missing = [name for name in STAND_INS if importlib.util.find_spec(name) is None]
     for name in missing:
         module = types.ModuleType(name)
@@ -72,7 +105,6 @@ def _install_stand_ins() -> list[str]:
 
         module.__getattr__ = absent  # type: ignore[method-assign]
         sys.modules[name] = module
-    return missing
 
 
 def _write(entry: dict[str, Any]) -> None:
@@ -187,4 +219,5 @@ class Recorder:
 
 def pytest_configure(config: pytest.Config) -> None:
     _install_stand_ins()
+    _refuse_empty_tokenizers()
     config.pluginmanager.register(Recorder(), "ferry_upstream_recorder")

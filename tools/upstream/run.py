@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Runs diffusers' own tests of group offloading against ferry's, on the fake accelerator or the CPU.
+"""Runs diffusers' own tests of group offloading on ferry's engine, on the fake accelerator or
+the CPU.
 
     python tools/upstream/run.py CHECKOUT [--engine ferry|diffusers] [--device fake|cpu] [--all]
 
@@ -111,6 +112,7 @@ def environment(a: argparse.Namespace, work: Path, results: Path) -> dict[str, s
         "FERRY_UPSTREAM_DEVICE": a.device,
         "FERRY_UPSTREAM_ENGINE": a.engine,
         "FERRY_UPSTREAM_RESULTS": str(results),
+        "FERRY_UPSTREAM_FAKE": json.dumps(a.fake),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -200,16 +202,21 @@ def print_group(title: str, outcomes: list[Outcome]) -> None:
 
 
 def report(runs: list[Run]) -> None:
-    print(f"\n{'group':10} {'passed':>7} {'failed':>7} {'skipped':>8} {'not collected':>14} {'s':>6}")
+    kinds = ("passed", "failed", "skipped", "not collected")
+    print("\n" + f"{'group':10}" + "".join(f"{kind:>15}" for kind in kinds) + f"{'s':>8}")
     for run in runs:
-        counts = [run.count(each) for each in ("passed", "failed", "skipped", "not collected")]
-        print(f"{run.name:10} {counts[0]:7} {counts[1]:7} {counts[2]:8} {counts[3]:14} {run.seconds:6.0f}")
+        counts = "".join(f"{run.count(kind):15}" for kind in kinds)
+        print(f"{run.name:10}{counts}{run.seconds:8.0f}")
     outcomes = [each for run in runs for each in run.outcomes]
     print_group("skipped", [each for each in outcomes if each.outcome == "skipped"])
     print_group("not collected", [each for each in outcomes if each.outcome == "not collected"])
     print_group("failed", [each for each in outcomes if each.outcome == "failed"])
-    totals = {name: sum(run.count(name) for run in runs) for name in ("passed", "failed", "skipped")}
-    print("\n" + ", ".join(f"{count} {name}" for name, count in totals.items()))
+    totals = {kind: sum(run.count(kind) for run in runs) for kind in kinds}
+    print("\n" + ", ".join(f"{count} {kind}" for kind, count in totals.items()))
+
+
+def fake_options(text: str) -> dict[str, float]:
+    return {name: float(value) for name, _, value in (one.partition("=") for one in text.split(","))}
 
 
 def arguments() -> argparse.Namespace:
@@ -227,6 +234,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-x", dest="exitfirst", action="store_true", help="stop at a failure")
     parser.add_argument("--test-timeout", type=float, default=300, metavar="S", help="a test's end")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument(
+        "--fake", type=fake_options, default={}, metavar="NAME=N,...",
+        help="options of the fake accelerator: copy_delay_ms=3 shows missing waits",
+    )  # fmt: skip
     parser.add_argument("--build", type=Path, default=ROOT / "build/release", metavar="DIR")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder (logs)")
     a = parser.parse_args()
@@ -271,7 +282,7 @@ def main() -> int:
         if a.json:
             content = {
                 "tests": tests_version, "library": library, "engine": a.engine,
-                "device": a.device, "rewrites": rewrites,
+                "device": a.device, "fake": a.fake, "rewrites": rewrites,
                 "groups": [{"name": run.name, "seconds": round(run.seconds, 1),
                             "tests": [vars(each) for each in run.outcomes]} for run in runs],
             }  # fmt: skip

@@ -26,7 +26,10 @@ DEFAULT: dict[str, list[str]] = {
         "tests/models/autoencoders/test_models_autoencoder_ltx_video.py",
         "tests/models/autoencoders/test_models_autoencoder_dc.py",
     ],
-    "lora": ["tests/lora/test_lora_layers_sd.py", "tests/lora/test_lora_layers_flux.py"],
+    "lora": [
+        f"tests/lora/test_lora_layers_{name}.py"
+        for name in ("sd", "sdxl", "flux", "sd3", "ltx_video", "cogvideox")
+    ],
     "pipelines": [
         "tests/pipelines/flux/test_pipeline_flux.py",
         "tests/pipelines/stable_diffusion/test_stable_diffusion.py",
