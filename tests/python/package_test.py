@@ -103,7 +103,10 @@ def test_is_typed() -> None:
         assert re.search(rf"^(class|def) {name}\b", stubs, re.M), name
 
 
-@pytest.mark.parametrize("name", ["Pipeline", "Picture", "Model"])
+@pytest.mark.parametrize(
+    "name",
+    ["Pipeline", "Picture", "Model", "Client", "Engine", "File", "Lease", "StoredTensor", "Trace"],
+)
 def test_stubs_have_what_the_class_has(name: str) -> None:
     stubs = (PACKAGE / "_C.pyi").read_text()
     body = re.search(rf"^class {name}[:(].*?(?=^\S|\Z)", stubs, re.M | re.S)

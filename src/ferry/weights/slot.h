@@ -30,8 +30,8 @@ struct Slot {
 // rotary frequencies) as plain members and does not register them.
 std::vector<Slot> collect_slots(const torch::nn::Module& root);
 
-// Counts changes in place of the tensor, or of what it shares its counter with. 0 always for a tensor
-// that was made in inference mode: it has no counter, so that only other data is noticed.
+// Counts changes in place of the tensor, or of what it shares its counter with. 0 always for a
+// tensor that was made in inference mode: it has no counter, so that only other data is noticed.
 uint32_t version_of(const at::Tensor& tensor);
 
 // Sum of size_bytes().

@@ -1,0 +1,112 @@
+"""apply_group_offloading on an accelerator: the fake one, whose memory the host cannot read."""
+
+from __future__ import annotations
+
+import ferry_fake  # before anything asks torch for accelerators
+import pytest
+import torch
+from offload_nets import identities, input_of, make
+from torch import nn
+
+import ferry
+from ferry.slots import inner_tensors
+
+HOMES = {
+    "pinned": {},
+    "pageable": {"low_cpu_mem_usage": True},
+    "disk": {"offload_to_disk_path": "set by the test"},
+}
+KINDS = {
+    "block_level": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "leaf_level": {"offload_type": "leaf_level"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("stream", [False, True])
+@torch.no_grad()
+def test_equals_the_cpu(kind, home, stream, tmp_path):
+    net, x = make(), input_of()
+    expected = net(x)
+    before = identities(net)
+    options = dict(HOMES[home])
+    if home == "disk":
+        options["offload_to_disk_path"] = str(tmp_path)
+    made = ferry.apply_group_offloading(net, "fake", use_stream=stream, **KINDS[kind], **options)
+    assert all(p.device.type == "fake" for p in net.parameters())
+    for _ in range(3):
+        out = net(x)  # from the CPU, as diffusers' hooks take it
+        assert out.device.type == "fake" and torch.equal(out.cpu(), expected)
+    assert made.report()["bytes_copied"] > 0
+    made.remove()
+    assert identities(net) == before
+    assert all(p.device.type == "cpu" for p in net.parameters())
+    assert torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_weights_hold_less_device_memory_than_the_model():
+    net, x = make(width=256, blocks=8), input_of(width=256)
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    ferry.apply_group_offloading(net, "fake", use_stream=True, **KINDS["leaf_level"])
+    torch.accelerator.synchronize()
+    torch.fake.reset_peak_memory_stats()
+    held = torch.fake.memory_allocated()
+    net(x)
+    torch.accelerator.synchronize()
+    assert torch.fake.max_memory_allocated() - held < size // 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["int8wo", "int8da8w", "fp8wo"])
+@torch.no_grad()
+def test_quantized_weights(kind, scheme):
+    torchao = pytest.importorskip("torchao.quantization")
+    net, x = make().to(torch.bfloat16), input_of().to(torch.bfloat16)
+    net.linear_2 = nn.Linear(128, 128, dtype=torch.bfloat16)
+    config = {
+        "int8wo": lambda: torchao.Int8WeightOnlyConfig(version=2),
+        "int8da8w": lambda: torchao.Int8DynamicActivationInt8WeightConfig(version=2),
+        "fp8wo": lambda: torchao.Float8WeightOnlyConfig(),
+    }[scheme]()
+    torchao.quantize_(net, config)
+    expected = net(x)
+    weight = net.blocks[0].proj_in.weight
+    before = [id(one) for one in (weight, *inner_tensors(weight).values())]
+    made = ferry.apply_group_offloading(net, "fake", use_stream=True, **KINDS[kind])
+    assert weight.device.type == "fake"
+    for _ in range(2):
+        assert torch.equal(net(x).cpu(), expected)
+    assert [id(one) for one in (weight, *inner_tensors(weight).values())] == before
+    made.remove()
+    assert weight.device.type == "cpu" and torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_parameters_that_come_later_are_moved():
+    peft = pytest.importorskip("peft")
+    x = input_of()
+    config = peft.LoraConfig(r=4, target_modules=["proj_in"], init_lora_weights=False)
+
+    def with_lora(net: nn.Module) -> nn.Module:
+        torch.manual_seed(11)
+        return peft.inject_adapter_in_model(config, net)
+
+    expected = with_lora(make())(x)
+    net = make()
+    ferry.apply_group_offloading(net, "fake", use_stream=True, **KINDS["leaf_level"])
+    assert torch.equal(with_lora(net)(x).cpu(), expected)
+
+
+def test_gradients():
+    resident, streamed, x = make().train(), make().train(), input_of()
+    resident(x).square().sum().backward()
+    ferry.apply_group_offloading(streamed, "fake", use_stream=True, **KINDS["block_level"])
+    streamed(x).square().sum().backward()
+    for (name, a), b in zip(resident.named_parameters(), streamed.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(
+                b.grad.cpu(), a.grad, rtol=1e-5, atol=1e-5 * a.grad.abs().max().item()
+            )
