@@ -45,8 +45,10 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
             self.config = offloading.config
             self.group = offloading
             self.root = root
+            self.is_leaving = False
 
         def deinitalize_hook(self, of: nn.Module) -> nn.Module:
+            self.is_leaving = True
             if self.root:
                 self.root = False
                 offloading.remove()
@@ -58,9 +60,9 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
 
     def unmark() -> None:
         for module in modules:
-            registry = module._diffusers_hook
+            registry = HookRegistry.check_if_exists_or_initialize(module)
             hook = registry.get_hook(_NAME)
-            if isinstance(hook, FerryGroupOffloadingHook):
+            if isinstance(hook, FerryGroupOffloadingHook) and not hook.is_leaving:
                 hook.root = False
                 registry.remove_hook(_NAME, recurse=False)
             # The registry leaves the bound method it found.
