@@ -417,7 +417,8 @@ def apply_group_offloading(
         engine: shares its budget with other modules. Default: one of its own.
 
     Raises:
-        ValueError: options that mean nothing; other offloading is on; a budget that is too small.
+        ValueError: options that mean nothing; other offloading is on.
+        BudgetError: ``weights_memory`` is too small; the message says what would do.
         TypeError: a tensor subclass that ferry does not know (``register_tensor_subclass``).
         OSError, RuntimeError: reading or writing failed.
     """
@@ -463,8 +464,10 @@ def apply_config(
     _check_no_other_hooks(module)
     device = config.onload_device
     if engine is None:
+        # As diffusers: pinned where copies are to overlap, pageable else.
         all_in_host = (
             device.type != "cpu"
+            and config.use_stream
             and not config.low_cpu_mem_usage
             and config.offload_to_disk_path is None
         )

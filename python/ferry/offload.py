@@ -99,7 +99,8 @@ def offload(
         offload_to_disk_path: folder for weights that come from no file; default: the cache folder.
 
     Raises:
-        ValueError: the budget is too small (the message says what would do); other offloading is on.
+        ValueError: nothing of the budget is left for weights; other offloading is on.
+        BudgetError: what is left is too little for them; the message says what would do.
         TypeError: a tensor subclass that ferry does not know (``register_tensor_subclass``).
     """
     components = _components(target)
