@@ -518,7 +518,9 @@ TEST_F(EngineTest, ChangedWeightsAreKept) {
 
 TEST_F(EngineTest, PassesInLockstepReadEachGroupOnce) {
   write({100, 100, 100, 100, 100, 100, 100, 100});
-  Engine engine(options(80 << 10, 80 << 10));
+  EngineOptions fixed = options(80 << 10, 80 << 10);
+  fixed.replan = false;  // a plan by measured times streams more or less than the one before it
+  Engine engine(fixed);
   Client client(engine, "model", groups());
   run_pass(client, kInOrder);
   run_pass(client, kInOrder);
