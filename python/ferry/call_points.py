@@ -41,15 +41,12 @@ class CallPoint:
         entries: tuple[str, ...] = (),
     ):
         self.module = module
-        self._around = around
+        self._around = None if around is None else untraced(around)
         self._attached = True
         self._inside = 0
         self._before: dict[str, tuple[bool, Any]] = {}
-        self._wrappers: dict[str, Callable] = {}  # the newest of each
-        self._all: list[Callable] = []
+        self._wrappers: dict[str, list[Callable]] = {}  # of each the newest last
         if around is not None:
-            around = untraced(around)
-            self._around = around
             for name in ("forward", *entries):
                 self._wrap_call(name)
         if lease is not None:
@@ -84,8 +81,7 @@ class CallPoint:
         self._put(name, untraced(wrapper))
 
     def _put(self, name: str, wrapper: Callable) -> None:
-        self._wrappers[name] = wrapper
-        self._all.append(wrapper)
+        self._wrappers.setdefault(name, []).append(wrapper)
         self.module.__dict__[name] = wrapper
 
     def _wrap_held(self, name: str, lease: Callable[[], AbstractContextManager]) -> None:
@@ -124,13 +120,13 @@ class CallPoint:
         """Goes around hooks that were added since."""
         if self._around is None:
             return
-        if self.module.__dict__.get("forward") is not self._wrappers["forward"]:
+        if self.module.__dict__.get("forward") is not self._wrappers["forward"][-1]:
             self._wrap_call("forward")
 
     def detach(self) -> None:
         self._attached = False  # where others have wrapped the wrapper, it lets calls through
         for name, (had, value) in self._before.items():
-            if not any(self.module.__dict__.get(name) is one for one in self._all):
+            if not any(self.module.__dict__.get(name) is one for one in self._wrappers[name]):
                 continue
             if had:
                 self.module.__dict__[name] = value

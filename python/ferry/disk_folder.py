@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from . import _C
+from .files import publish
 from .slots import Slot, inner_tensors, own_tensors
 
 __all__ = ["write_folder"]
@@ -86,19 +85,8 @@ def write_folder(
             slots[key].name: slots[key].tensor.detach().cpu().contiguous().clone() for key in keys
         }
         path = os.path.join(folder, _file_name(group_id))
-        _publish(tensors, path)
+        publish(path, lambda temporary: save_file(tensors, temporary))
         stored = {one.key: one for one in _C.stored_in(path)}
         for key in keys:
             found[key] = stored[slots[key].name]
     return found
-
-
-def _publish(tensors: dict[str, torch.Tensor], path: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

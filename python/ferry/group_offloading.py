@@ -57,11 +57,11 @@ class GroupOffloadingConfig:
     exclude: tuple[str, ...] = ()
     # Folder or file that the weights come from, where it cannot be seen from their memory.
     checkpoint: str | None = None
-
-    @property
-    def stream(self) -> bool | None:
-        """What diffusers' code asks to see whether there is a stream."""
-        return True if self.use_stream else None
+    # What it runs on, kept for when an adapter has it laid anew.
+    engine: _C.Engine | None = None
+    name: str = ""
+    # The next pass's first groups are brought during this pass's last ones.
+    wrap_around: bool = True
 
 
 def offloading_of(module: nn.Module) -> GroupOffloading | None:
@@ -91,17 +91,10 @@ class GroupOffloading:
     # For whoever looks at all of them (``ferry.trace``).
     alive: ClassVar[weakref.WeakSet[GroupOffloading]] = weakref.WeakSet()
 
-    def __init__(
-        self,
-        root: nn.Module,
-        config: GroupOffloadingConfig,
-        engine: _C.Engine,
-        name: str,
-        wrap_around: bool = True,
-    ):
+    def __init__(self, root: nn.Module, config: GroupOffloadingConfig):
         self.config = config
-        self.engine = engine
-        self.name = name
+        self.engine = config.engine
+        self.name = config.name
         self._root = weakref.ref(root)
         self._device = config.onload_device
         self._points: list[CallPoint] = []
@@ -115,7 +108,6 @@ class GroupOffloading:
             block_modules = getattr(root, "_group_offload_block_modules", None) or []
         grouping = Grouping(
             root,
-            slots,
             config.offload_type,
             config.num_blocks_per_group or 1,
             block_modules,
@@ -128,8 +120,8 @@ class GroupOffloading:
         first_order = [group for lease in grouping.leases for group in lease.groups]
         on_cpu = self._device.type == "cpu"
         self._client = _C.Client(
-            engine,
-            name,
+            self.engine,
+            self.name,
             [
                 (
                     group.name,
@@ -140,7 +132,7 @@ class GroupOffloading:
             ],
             first_order=list(dict.fromkeys(first_order)),
             read_ahead=config.use_stream,
-            wrap_around=wrap_around,
+            wrap_around=config.wrap_around,
             in_memory=not on_cpu and config.offload_to_disk_path is None,
         )
         self._known = {id(tensor) for tensor in _registered(root)}
@@ -438,10 +430,14 @@ def apply_group_offloading(
             exclude_kwargs=exclude_kwargs,
             exclude=tuple(exclude),
             checkpoint=None if checkpoint is None else os.fspath(checkpoint),
+            engine=engine,
+            name=name,
         ),
         name,
     )
-    return apply_config(module, config, weights_memory=weights_memory, engine=engine, name=name)
+    if config.engine is None:
+        config.engine = _own_engine(config, as_bytes(weights_memory))
+    return apply_config(module, config)
 
 
 def as_bytes(size: int | str | None) -> int:
@@ -451,36 +447,30 @@ def as_bytes(size: int | str | None) -> int:
     return _C.parse_bytes(size) if isinstance(size, str) else int(size)
 
 
-def apply_config(
-    module: nn.Module,
-    config: GroupOffloadingConfig,
-    *,
-    weights_memory: int | str | None = None,
-    engine: _C.Engine | None = None,
-    name: str | None = None,
-    wrap_around: bool = True,
-) -> GroupOffloading:
-    """``apply_group_offloading`` with checked options."""
-    _check_no_other_hooks(module)
-    device = config.onload_device
-    if engine is None:
-        # As diffusers: pinned where copies are to overlap, pageable else.
-        all_in_host = (
-            device.type != "cpu"
-            and config.use_stream
-            and not config.low_cpu_mem_usage
-            and config.offload_to_disk_path is None
-        )
-        engine = _C.Engine(
-            device,
-            weights_memory=as_bytes(weights_memory),
-            host_memory=_C.ALL_WEIGHTS if all_in_host else 0,
-            read_ahead=config.use_stream,
-        )
-    elif engine.device != device:
-        raise ValueError(f"onload_device is {device}, but the engine computes on {engine.device}")
-    offloading = GroupOffloading(
-        module, config, engine, name or type(module).__name__, wrap_around=wrap_around
+def _own_engine(config: GroupOffloadingConfig, weights_memory: int) -> _C.Engine:
+    # As diffusers: pinned where copies are to overlap, pageable else.
+    all_in_host = (
+        config.onload_device.type != "cpu"
+        and config.use_stream
+        and not config.low_cpu_mem_usage
+        and config.offload_to_disk_path is None
     )
+    return _C.Engine(
+        config.onload_device,
+        weights_memory=weights_memory,
+        host_memory=_C.ALL_WEIGHTS if all_in_host else 0,
+        read_ahead=config.use_stream,
+    )
+
+
+def apply_config(module: nn.Module, config: GroupOffloadingConfig) -> GroupOffloading:
+    """``apply_group_offloading`` with checked options and an engine."""
+    _check_no_other_hooks(module)
+    engine = config.engine
+    if engine.device != config.onload_device:
+        raise ValueError(
+            f"onload_device is {config.onload_device}, but the engine computes on {engine.device}"
+        )
+    offloading = GroupOffloading(module, config)
     module.__dict__[_ATTRIBUTE] = offloading
     return offloading

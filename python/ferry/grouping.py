@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from .slots import Slot, inner_tensors, own_tensors
+from .slots import inner_tensors, own_tensors
 
 __all__ = ["Group", "Grouping"]
 
@@ -25,7 +25,6 @@ class Group:
 class Lease:
     """What a module leases while it runs."""
 
-    name: str
     module: nn.Module
     groups: list[int] = field(default_factory=list)
     # Its own code uses the weights, so that a graph cannot be made around it.
@@ -51,18 +50,14 @@ class Grouping:
     def __init__(
         self,
         root: nn.Module,
-        slots: Mapping[int, Slot],
         offload_type: str,
         num_blocks_per_group: int = 1,
         block_modules: Sequence[str] | None = None,
         exclude: Iterable[str] = (),
     ):
-        self.root = root
-        self.slots = slots
         self.modules = dict(root.named_modules())
         self.groups: list[Group] = []
         self._leases: dict[int, Lease] = {}
-        self._names = {id(module): name for name, module in self.modules.items()}
         self._own = {
             id(module): [
                 id(plain)
@@ -100,19 +95,20 @@ class Grouping:
         """The groups that hold the module's own slots."""
         return sorted({self._group_of[k] for k in self._own[id(module)] if k in self._group_of})
 
-    def _find_excluded(self, exclude: Iterable[str]) -> list[int]:
+    def _find_excluded(self, exclude: Iterable[str]) -> set[int]:
         names = list(exclude)
         for name in names:
             if name not in self.modules:
                 raise ValueError(f"exclude: there is no module named '{name}'")
-        found: list[int] = []
-        for name, module in self.modules.items():
-            if any(is_below(name, one) for one in names):
-                found += [key for key in self._own[id(module)] if key not in found]
-        return found
+        return {
+            key
+            for name, module in self.modules.items()
+            if any(is_below(name, one) for one in names)
+            for key in self._own[id(module)]
+        }
 
     def _lease(self, module: nn.Module, group: int) -> None:
-        lease = self._leases.setdefault(id(module), Lease(self._names[id(module)], module))
+        lease = self._leases.setdefault(id(module), Lease(module))
         if group not in lease.groups:
             lease.groups.append(group)
 

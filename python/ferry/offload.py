@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import _C
+from .files import publish
 from .group_offloading import (
     GroupOffloading,
     GroupOffloadingConfig,
@@ -54,18 +55,21 @@ def _default_device() -> torch.device:
 class Offloading:
     """What ``offload`` attached: one engine under the components of a pipeline."""
 
-    def __init__(self, engine: _C.Engine, memory: int, activations: int):
+    def __init__(self, components: dict[str, nn.Module], engine: _C.Engine, memory: int):
         self.engine = engine
         self.memory = memory  # bytes in all
-        self.activations = activations  # bytes of them that are kept free of weights
-        self.parts: dict[str, GroupOffloading] = {}
+        self.activations = 0  # bytes of them that are kept free of weights
+        self._components = components
+
+    @property
+    def parts(self) -> dict[str, GroupOffloading]:
+        """What is attached to each component now: an adapter has it laid anew."""
+        return _attached(self._components)
 
     def remove(self) -> None:
         """Detaches from every component; their weights are in CPU memory again."""
         for part in self.parts.values():
-            if not part.removed:
-                part.remove()
-        self.parts.clear()
+            part.remove()
 
     def report(self) -> Report:
         return Report(self.parts)
@@ -123,18 +127,17 @@ def offload(
     host = as_bytes(host_memory) if host_memory is not None else 0 if on_cpu else _C.ALL_WEIGHTS
     # First with as little as can be: what the program takes is known once the weights have left.
     engine = _C.Engine(config.onload_device, host_memory=host)
-    made = Offloading(engine, total, 0)
+    made = Offloading(components, engine, total)
     try:
         for name, module in components.items():
             if name in exclude:
                 module.to(config.onload_device)
                 continue
-            made.parts[name] = apply_config(
+            apply_config(
                 module,
-                config,
-                engine=engine,
-                name=name,
-                wrap_around=not name.startswith(_RUN_ONCE),
+                replace(
+                    config, engine=engine, name=name, wrap_around=not name.startswith(_RUN_ONCE)
+                ),
             )
         program = _C.current_rss_bytes() if on_cpu else _allocated(config.onload_device)
         left = total - program
@@ -171,7 +174,11 @@ def _offloadings(target: Any) -> dict[str, GroupOffloading]:
         return target.parts
     if isinstance(target, GroupOffloading):
         return {target.name: target}
-    found = {name: offloading_of(module) for name, module in _components(target).items()}
+    return _attached(_components(target))
+
+
+def _attached(components: dict[str, nn.Module]) -> dict[str, GroupOffloading]:
+    found = {name: offloading_of(module) for name, module in components.items()}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -279,15 +286,4 @@ def trace(path: str | os.PathLike | None = None, target: Any = None) -> Iterator
         file._json = recorder.to_json()
         if path is not None:
             text = file.svg() if os.fspath(path).endswith(".svg") else file._json
-            _publish(Path(path), text)
-
-
-def _publish(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            publish(path, lambda temporary: Path(temporary).write_text(text))

@@ -91,3 +91,20 @@ def test_lora_before_and_after():
         after(x)
         after = with_lora(after)
         assert torch.equal(after(x), expected) and torch.equal(after(x), expected)
+
+
+def test_an_adapter_has_it_laid_anew_on_the_same_engine(pipe):
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    expected = draw(pipe)
+    made = ferry.offload(pipe, memory="4GiB", device="cpu", activations="64MiB")
+    try:
+        before = made.parts["transformer"]
+        _maybe_remove_and_reapply_group_offloading(pipe.transformer)  # as diffusers' loaders do
+        after = made.parts["transformer"]
+        assert before.removed and after is ferry.offloading_of(pipe.transformer) is not before
+        assert after.engine is made.engine and after.name == "transformer"
+        assert torch.equal(draw(pipe), expected)
+    finally:
+        made.remove()
+    assert made.parts == {} and torch.equal(draw(pipe), expected)
