@@ -130,7 +130,9 @@ TEST_F(Layers, TimestepEmbeddings) {
   auto combined = load(make<CombinedTimestepTextProjEmbeddings>(6, 5, true), "combined");
   out = combined(get("combined.in.timestep"), get("combined.in.guidance"),
                  get("combined.in.pooled_projection"));
-  EXPECT_LT(relative_error(out, get("combined.out")), kTolerance);
+  // torch takes exp, sin and cos of long rows from MKL, whose last bits depend on the CPU: Python's
+  // own result differs by 4.7e-6 between an Intel machine and the AMD one that made the fixture.
+  EXPECT_LT(relative_error(out, get("combined.out")), 1e-5);
 }
 
 TEST_F(Layers, RotaryEmbeddings) {
