@@ -5,7 +5,9 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "ferry/models/model.h"
@@ -26,9 +28,28 @@ struct Workload {
   int64_t vae_scale_factor = 8;
 };
 
+// Rows that a layer's weight is multiplied with; attention products of what it follows.
+struct LayerLoad {
+  double rows = 0;
+  double attention_flops = 0;
+};
+
+// What Model::costs() answers for one workload.
+struct Costs {
+  // By the dotted name of the module that holds the weights; nothing for what the run does not use.
+  std::function<LayerLoad(const std::string& layer)> load;
+  // The most numbers of the activations' dtype that are alive at once, by counting in the forward.
+  double values = 0;
+  // Of these, while a run waits between two of its blocks; nothing: all.
+  std::optional<double> held_values = {};
+};
+
+// Of a model that patches latents 2 x 2.
+int64_t image_tokens(const Workload& workload);
+
 // Floating-point operations (a multiplication and an addition are two) by the dotted name of the
 // module that holds the weights; attention products count with the layer that follows them. What a
-// run does not use has none. A model this does not know: every weight meets every token.
+// run does not use has none.
 std::map<std::string, double> layer_flops(const Model& model, const Workload& workload);
 
 // An estimate, from above, of the most bytes that activations take at once, inputs and outputs
@@ -37,7 +58,7 @@ std::map<std::string, double> layer_flops(const Model& model, const Workload& wo
 uint64_t activation_bytes(const Model& model, const Workload& workload);
 
 // Of these, what a run holds while it waits between two of its blocks (hooks/lockstep.h), likewise
-// from above. A model this does not know: all of it.
+// from above.
 uint64_t held_bytes(const Model& model, const Workload& workload);
 
 }  // namespace ferry::models

@@ -46,6 +46,9 @@ struct Traits {
   bool supports_gradient_checkpointing = false;
 };
 
+struct Workload;
+struct Costs;
+
 // Thread-safety: one forward at a time.
 class Model : public nn::Module {
  public:
@@ -69,6 +72,11 @@ class Model : public nn::Module {
                                                   const nlohmann::json& arguments) const {
     return {};
   }
+
+  // What a run costs beside its weights (models/costs.h), for planning. Needs no weights. The
+  // default is rough: every weight meets every token, and a token is alive as often as sixteen
+  // times the narrower side of the largest matrix.
+  virtual Costs costs(const Workload& workload) const;
 
   // Checkpoint key -> parameter name; empty drops the key silently. The default keeps it.
   virtual std::string map_key(const std::string& checkpoint_key) const { return checkpoint_key; }

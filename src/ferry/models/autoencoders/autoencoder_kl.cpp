@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <string_view>
 
+#include "ferry/models/costs.h"
 #include "ferry/models/named_inputs.h"
 
 namespace ferry::models {
@@ -319,6 +321,88 @@ std::string AutoencoderKL::map_key(const std::string& checkpoint_key) const {
            checkpoint_key.substr(at + old_name.size());
   }
   return checkpoint_key;
+}
+
+// ---- for planning: a decode ----
+
+namespace {
+
+struct DecodeShape {
+  int64_t latent_height, latent_width;  // of one tile
+  double tiles;                         // of that size, as a number of operations
+};
+
+DecodeShape decode_shape(const AutoencoderKL& vae, const Workload& w) {
+  const int64_t f = vae.scale_factor();
+  int64_t height = (w.height + f - 1) / f, width = (w.width + f - 1) / f;
+  const int64_t tile = vae.tile_latent_min_size();
+  if (!w.tiled || (height <= tile && width <= tile)) return {height, width, 1};
+  const auto step = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(tile) * 0.75));
+  double pixels = 0;  // the last tiles of a row and column are cut
+  for (int64_t i = 0; i < height; i += step) {
+    for (int64_t j = 0; j < width; j += step)
+      pixels += static_cast<double>(std::min(tile, height - i) * std::min(tile, width - j));
+  }
+  const int64_t tile_height = std::min(tile, height), tile_width = std::min(tile, width);
+  return {tile_height, tile_width, pixels / static_cast<double>(tile_height * tile_width)};
+}
+
+LayerLoad decoder_load(const AutoencoderKLConfig& config, const DecodeShape& shape,
+                       const std::string& name, const Workload& w) {
+  if (!name.starts_with("decoder.") && name != "post_quant_conv") return {};
+  auto name_has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  const size_t blocks = config.block_out_channels.size();
+  size_t doublings = 0;
+  const std::string up = "decoder.up_blocks.";
+  if (name.starts_with(up)) {
+    doublings = static_cast<size_t>(std::stoul(name.substr(up.size())));
+    if (name_has("upsamplers")) ++doublings;
+  } else if (name == "decoder.conv_norm_out" || name == "decoder.conv_out") {
+    doublings = blocks - 1;
+  }
+  const double latents = static_cast<double>(w.batch * shape.latent_height * shape.latent_width);
+  const double rows = latents * std::pow(4.0, static_cast<double>(doublings)) * shape.tiles;
+  double attention = 0;
+  if (name_has("attentions.0.to_out")) {
+    const double tokens = static_cast<double>(shape.latent_height * shape.latent_width);
+    attention = 4.0 * latents * tokens * shape.tiles *
+                static_cast<double>(config.block_out_channels.back());
+  }
+  return {rows, attention};
+}
+
+double decoder_values(const AutoencoderKLConfig& config, const DecodeShape& shape,
+                      const Workload& w) {
+  double pixels = static_cast<double>(w.batch * shape.latent_height * shape.latent_width);
+  const auto& channels = config.block_out_channels;
+  double most = 0, in = static_cast<double>(channels.back());
+  for (size_t i = 0; i < channels.size(); ++i) {
+    const double out = static_cast<double>(channels[channels.size() - 1 - i]);
+    // A residual block: its input and what is normed and activated; then what a convolution reads
+    // and writes, which the CPU's kernels do on reordered copies.
+    const double convolution = w.on_cpu ? 2 : 1;
+    double block = in + std::max(2 * in, convolution * (in + out));
+    block = std::max(block, in + out + convolution * 2 * out);
+    most = std::max(most, pixels * block);
+    if (i + 1 == channels.size()) break;
+    most = std::max(most, pixels * (in + out) + 4 * pixels * out * 2 * convolution);
+    pixels *= 4;
+    in = out;
+  }
+  // The picture, and in tiles two rows of them and the finished ones.
+  const double picture = static_cast<double>(w.batch * w.height * w.width * config.out_channels);
+  // Each thread of a CPU has buffers of its own for narrow types.
+  const bool narrow = w.on_cpu && c10::elementSize(w.dtype) < 4;
+  return most * (narrow ? 1.08 : 1) + (w.tiled ? 4 : 2) * picture;
+}
+
+}  // namespace
+
+Costs AutoencoderKL::costs(const Workload& w) const {
+  const DecodeShape shape = decode_shape(*this, w);
+  return {.load = [config = config_, shape,
+                   w](const std::string& layer) { return decoder_load(config, shape, layer, w); },
+          .values = decoder_values(config_, shape, w)};
 }
 
 }  // namespace ferry::models

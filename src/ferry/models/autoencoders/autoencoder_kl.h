@@ -127,6 +127,7 @@ class AutoencoderKL : public Model, public AutoencoderMixin {
                              const nlohmann::json& arguments) override;
   std::vector<std::string> unused_modules(const std::string& method,
                                           const nlohmann::json& arguments) const override;
+  Costs costs(const Workload& workload) const override;
   // Knows the names that attention layers had in old checkpoints (query, proj_attn).
   std::string map_key(const std::string& checkpoint_key) const override;
 

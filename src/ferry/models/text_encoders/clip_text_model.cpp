@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "ferry/base/error.h"
+#include "ferry/models/costs.h"
 
 namespace ferry::models {
 
@@ -287,6 +288,22 @@ NamedTensors CLIPTextModelWithProjection::forward_named(const std::string& metho
   if (in.wanted.last_hidden_state) named["last_hidden_state"] = output.text.last_hidden_state;
   add_hidden_states(named, in.wanted, output.text.hidden_states);
   return named;
+}
+
+// ---- for planning ----
+
+Costs CLIPTextModel::costs(const Workload& workload) const {
+  return encoder_costs({.tokens = config_.max_position_embeddings,
+                        .dim = config_.hidden_size,
+                        .attention_dim = config_.hidden_size,
+                        .ff = config_.intermediate_size,
+                        .heads = config_.num_attention_heads,
+                        .wide = 4},
+                       workload);
+}
+
+Costs CLIPTextModelWithProjection::costs(const Workload& workload) const {
+  return text_model->costs(workload);
 }
 
 }  // namespace ferry::models

@@ -148,6 +148,7 @@ class CLIPTextModel : public TransformersModel {
   std::vector<std::string> unused_modules(const std::string& method,
                                           const nlohmann::json& arguments) const override;
   std::vector<std::string> unused_modules(const TextOutputs& wanted) const;
+  Costs costs(const Workload& workload) const override;
 
   const CLIPTextConfig& config() const { return config_; }
 
@@ -193,6 +194,7 @@ class CLIPTextModelWithProjection : public TransformersModel {
                  const at::Tensor& position_ids = {}, const TextOutputs& wanted = {});
   std::vector<std::string> unused_modules(const std::string& method,
                                           const nlohmann::json& arguments) const override;
+  Costs costs(const Workload& workload) const override;
 
   const CLIPTextConfig& config() const { return text_model->config(); }
 

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "ferry/base/error.h"
+#include "ferry/models/costs.h"
 
 namespace ferry::models {
 
@@ -307,6 +308,18 @@ NamedTensors T5EncoderModel::forward_named(const std::string& method, const Name
   if (in.wanted.last_hidden_state) named["last_hidden_state"] = output.last_hidden_state;
   add_hidden_states(named, in.wanted, output.hidden_states);
   return named;
+}
+
+Costs T5EncoderModel::costs(const Workload& workload) const {
+  const int64_t inner = config_.num_heads * config_.d_kv;
+  // gelu's tanh form is a chain of operations.
+  return encoder_costs({.tokens = workload.text_tokens,
+                        .dim = std::max(config_.d_model, inner),
+                        .attention_dim = inner,
+                        .ff = config_.d_ff,
+                        .heads = config_.num_heads,
+                        .wide = config_.is_gated_act() ? 8.0 : 7.0},
+                       workload);
 }
 
 }  // namespace ferry::models

@@ -188,6 +188,7 @@ class T5EncoderModel : public TransformersModel {
                  const at::Tensor& inputs_embeds = {}, const TextOutputs& wanted = {});
   std::vector<std::string> unused_modules(const std::string& method,
                                           const nlohmann::json& arguments) const override;
+  Costs costs(const Workload& workload) const override;
 
   const T5Config& config() const { return config_; }
 

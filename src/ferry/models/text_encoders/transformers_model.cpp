@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "ferry/base/error.h"
+#include "ferry/models/costs.h"
 #include "ferry/models/named_inputs.h"
 #include "ferry/tensor/dtype.h"
 
@@ -111,6 +112,19 @@ at::Tensor expand_attention_mask(const at::Tensor& attention_mask, int64_t token
   }
   at::Tensor mask = attention_mask.to(at::kBool);
   return mask.dim() == 2 ? mask.unsqueeze(1).unsqueeze(1) : mask;  // [batch, 1, 1, tokens]
+}
+
+Costs encoder_costs(const EncoderSizes& s, const Workload& w) {
+  const auto rows = static_cast<double>(w.batch * s.tokens);
+  auto load = [=](const std::string& layer) {
+    const bool after_attention = layer.ends_with(".o") || layer.ends_with("out_proj");
+    const double products = 4.0 * rows * static_cast<double>(s.tokens * s.attention_dim);
+    return LayerLoad{rows, after_attention ? products : 0};
+  };
+  // Masks and position biases, also while they are added up.
+  const double scores = 2.0 * static_cast<double>(s.heads * s.tokens * s.tokens);
+  const double layer = rows * (5 * static_cast<double>(s.dim) + s.wide * static_cast<double>(s.ff));
+  return {.load = load, .values = scores + layer};
 }
 
 }  // namespace ferry::models

@@ -37,6 +37,16 @@ class HiddenStateTap {
   std::vector<at::Tensor> states_;
 };
 
+// An encoder of `tokens` tokens a text, for planning.
+struct EncoderSizes {
+  int64_t tokens, dim;
+  int64_t attention_dim;  // of all heads
+  int64_t ff, heads;
+  // Tensors of the feed-forward's inner width that are alive at once.
+  double wide;
+};
+Costs encoder_costs(const EncoderSizes& sizes, const Workload& workload);
+
 // A model whose config.json names it under `architectures`.
 class TransformersModel : public Model {
  public:

@@ -2,8 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <numeric>
 
+#include "ferry/models/costs.h"
 #include "ferry/models/named_inputs.h"
 
 namespace ferry::models {
@@ -335,6 +337,67 @@ NamedTensors FluxTransformer2DModel::forward_named(const std::string& method,
              return forward(hidden_states, encoder_hidden_states, pooled_projections, timestep,
                             img_ids, txt_ids, guidance, controlnet);
            })}};
+}
+
+// ---- for planning ----
+
+namespace {
+
+LayerLoad flux_load(const FluxTransformer2DConfig& config, const std::string& name,
+                    const Workload& w) {
+  auto name_has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  const double image = static_cast<double>(w.batch * image_tokens(w));
+  const double text = static_cast<double>(w.batch * w.text_tokens);
+  const double tokens = (image + text) / static_cast<double>(w.batch);
+  // Scores and their product with the values: 2 * 2 * tokens^2 * dim.
+  const double attention =
+      4.0 * static_cast<double>(w.batch * config.inner_dim()) * tokens * tokens;
+  if (name_has("time_text_embed") || name_has("norm"))
+    return {static_cast<double>(w.batch), 0};  // modulation: a row a picture
+  if (name.starts_with("single_transformer_blocks"))
+    return {image + text, name.ends_with(".proj_out") ? attention : 0};
+  if (name == "context_embedder" || name_has("ff_context") || name_has(".add_")) return {text, 0};
+  if (name_has("to_add_out")) return {text, 0};
+  return {image, name_has("attn.to_out") ? attention : 0};
+}
+
+// What the caller holds during a block, and the rotation's angles in float32.
+double flux_held_outside(const FluxTransformer2DConfig& c, const Workload& w) {
+  const double image = static_cast<double>(w.batch * image_tokens(w));
+  const double text = static_cast<double>(w.batch * w.text_tokens);
+  return text * static_cast<double>(c.joint_attention_dim) +
+         image * static_cast<double>(c.in_channels) +
+         (image + text) * static_cast<double>(c.attention_head_dim) * 2 * 4 /
+             static_cast<double>(c10::elementSize(w.dtype));
+}
+
+double flux_values(const FluxTransformer2DConfig& c, const Workload& w) {
+  const double dim = static_cast<double>(c.inner_dim());
+  const double image = static_cast<double>(w.batch * image_tokens(w));
+  const double text = static_cast<double>(w.batch * w.text_tokens);
+  // A single block where its halves are joined: input, residual, normed, attention and MLP (4), the
+  // joined (5), what comes out and its product with the gate. On a device the rotation's float32
+  // copies come to more: input, residual, normed, MLP (4), query, key, value and 8 for copies.
+  double widths = w.on_cpu ? 15 : 18;
+  // Attention on a CPU sums up in float32.
+  const auto item = static_cast<double>(c10::elementSize(w.dtype));
+  if (w.on_cpu && item < 4) widths += 1.5;
+  // A double block: both streams in and out, normed and after attention, and twice the widened
+  // image stream.
+  const double twice = 6 * (image + text) + 2 * 4 * image;
+  return dim * std::max(widths * (image + text), twice) + flux_held_outside(c, w);
+}
+
+}  // namespace
+
+Costs FluxTransformer2DModel::costs(const Workload& w) const {
+  // Between blocks: a block's inputs, which its caller still has, and its outputs.
+  const auto tokens = static_cast<double>(w.batch * (image_tokens(w) + w.text_tokens));
+  return {.load = [config = config_,
+                   w](const std::string& layer) { return flux_load(config, layer, w); },
+          .values = flux_values(config_, w),
+          .held_values = 2 * tokens * static_cast<double>(config_.inner_dim()) +
+                         flux_held_outside(config_, w)};
 }
 
 }  // namespace ferry::models

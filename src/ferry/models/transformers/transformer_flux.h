@@ -177,6 +177,7 @@ class FluxTransformer2DModel : public Model {
   Traits traits() const override;
   NamedTensors forward_named(const std::string& method, const NamedTensors& inputs,
                              const nlohmann::json& arguments) override;
+  Costs costs(const Workload& workload) const override;
 
   const Config& config() const { return config_; }
 
