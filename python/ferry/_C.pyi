@@ -203,6 +203,7 @@ class Engine:
         *,
         weights_memory: int = 0,
         host_memory: int = 0,
+        all_move: bool = False,
         read_ahead: bool = True,
         replan: bool = True,
         io: Literal["auto", "io_uring", "pread"] = "auto",
@@ -237,6 +238,7 @@ class Client:
         read_ahead: bool = True,
         wrap_around: bool = True,
         in_memory: bool = False,
+        idle_device: _Device | None = None,
     ) -> None: ...
     def lease(self, groups: Sequence[int]) -> Lease: ...
     def begin_pass(self) -> None: ...

@@ -63,6 +63,11 @@ class GroupOffloadingConfig:
     # The next pass's first groups are brought during this pass's last ones.
     wrap_around: bool = True
 
+    @property
+    def idle_device(self) -> torch.device:
+        """What parameters say their device is while their weights are away."""
+        return torch.device("cpu") if self.offload_device.type == "disk" else self.offload_device
+
 
 def offloading_of(module: nn.Module) -> GroupOffloading | None:
     """What is attached to ``module``, if anything is."""
@@ -134,10 +139,11 @@ class GroupOffloading:
             read_ahead=config.use_stream,
             wrap_around=config.wrap_around,
             in_memory=not on_cpu and config.offload_to_disk_path is None,
+            idle_device=config.idle_device,
         )
         self._known = {id(tensor) for tensor in _registered(root)}
         try:
-            rebuild_wrappers(root)
+            rebuild_wrappers(root, self._device)
             self._attach(root, grouping)
             GroupOffloading.alive.add(self)
         except BaseException:
@@ -292,7 +298,7 @@ class GroupOffloading:
         self._client.remove()
         root = self._root()
         if root is not None:
-            rebuild_wrappers(root)
+            rebuild_wrappers(root, torch.device("cpu"))
             root.__dict__.pop(_ATTRIBUTE, None)
 
     @contextmanager
@@ -350,7 +356,7 @@ def checked(config: GroupOffloadingConfig, name: str) -> GroupOffloadingConfig:
         raise ValueError("`num_blocks_per_group` must be provided when using block_level offloading.")
     if config.num_blocks_per_group is not None and config.num_blocks_per_group < 1:
         raise ValueError(f"{name}: num_blocks_per_group is {config.num_blocks_per_group}; at least 1 is meant")
-    if config.offload_device.type not in ("cpu", "disk"):
+    if config.offload_device.type not in ("cpu", "disk", config.onload_device.type):
         raise ValueError(
             f"{name}: offload_device is {config.offload_device}; weights wait on the CPU, or on disk "
             "with offload_to_disk_path"
@@ -366,6 +372,8 @@ def checked(config: GroupOffloadingConfig, name: str) -> GroupOffloadingConfig:
         )
     if device.index is None:
         config.onload_device = torch.device(device.type, backend.current_device())
+    if config.offload_device.type == device.type:
+        config.offload_device = config.onload_device
     return config
 
 
@@ -400,6 +408,8 @@ def apply_group_offloading(
     Args:
         module: any module; its weights are in memory when this is called.
         onload_device: where compute happens.
+        offload_device: what parameters say their device is while they are away. Of the tensors that a
+            quantized weight consists of it is these that say so; the weight itself says ``onload_device``.
         offload_to_disk_path: weights that come from no file are written to this folder.
         exclude: names of modules (dotted) whose weights stay on the onload device.
         checkpoint: folder or safetensors file the weights were loaded from, for weights that are no
@@ -459,6 +469,8 @@ def _own_engine(config: GroupOffloadingConfig, weights_memory: int) -> _C.Engine
         config.onload_device,
         weights_memory=weights_memory,
         host_memory=_C.ALL_WEIGHTS if all_in_host else 0,
+        # As diffusers: small tensors too wait on the CPU.
+        all_move=config.onload_device.type != "cpu",
         read_ahead=config.use_stream,
     )
 

@@ -116,6 +116,7 @@ def offload(
     config = checked(
         GroupOffloadingConfig(
             onload_device=where,
+            offload_device=where,
             offload_type=offload_type,
             num_blocks_per_group=num_blocks_per_group,
             use_stream=True,

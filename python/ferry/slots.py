@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from . import _C
+
 __all__ = ["Slot", "collect_slots", "inner_tensors", "register_tensor_subclass"]
 
 InnerTensors = Callable[[torch.Tensor], "dict[str, torch.Tensor]"]
@@ -165,30 +167,35 @@ def leave_inference_mode(root: nn.Module) -> None:
                         torch.utils.swap_tensors(plain, again)
 
 
-def rebuild_wrappers(root: nn.Module) -> None:
-    """Makes the outer tensors of subclasses agree with the device of their inner ones.
+def rebuild_wrappers(root: nn.Module, device: torch.device) -> None:
+    """Makes the outer tensors of subclasses name ``device``, also where their inner ones wait
+    elsewhere: what an outer one says is fixed when it is made.
 
     The outer object stays the same one (``torch.utils.swap_tensors``).
     """
     seen: set[int] = set()
     for module in root.modules():
         for _, tensor in own_tensors(module):
-            if id(tensor) not in seen and hasattr(tensor, "__tensor_flatten__"):
-                seen.add(id(tensor))
-                _rebuild(tensor)
+            if id(tensor) in seen or not is_wrapper(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+                continue
+            seen.add(id(tensor))
+            waiting = [one for one in inner_tensors(tensor).values() if one.device != device]
+            idle = [one.data for one in waiting]
+            for one in waiting:
+                one.data = _C.make_stub(one.shape, one.dtype, device)
+            _rebuild(tensor, device)
+            for one, data in zip(waiting, idle, strict=True):
+                one.data = data
 
 
-def _rebuild(outer: torch.Tensor) -> None:
-    if not is_wrapper(outer):
+def _rebuild(outer: torch.Tensor, device: torch.device) -> None:
+    if outer.device == device:
         return
     names, context = outer.__tensor_flatten__()
     inner = {name: getattr(outer, name) for name in names}
     for one in inner.values():
-        if hasattr(one, "__tensor_flatten__"):
-            _rebuild(one)
-    device = next(iter(inner.values())).device
-    if outer.device == device:
-        return
+        if is_wrapper(one):
+            _rebuild(one, device)
     with torch.no_grad():
         again = type(outer).__tensor_unflatten__(inner, context, outer.size(), outer.stride())
     if isinstance(outer, nn.Parameter):

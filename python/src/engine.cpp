@@ -18,13 +18,14 @@ io::ReadBackend backend_named(const std::string& name) {
 }
 
 std::shared_ptr<OwnedEngine> make_engine(at::Device device, uint64_t weights_memory,
-                                         uint64_t host_memory, bool read_ahead, bool replan,
-                                         const std::string& io, uint64_t io_limit,
+                                         uint64_t host_memory, bool all_move, bool read_ahead,
+                                         bool replan, const std::string& io, uint64_t io_limit,
                                          std::shared_ptr<Trace> trace) {
   offload::EngineOptions options;
   options.device = device;
   options.weights_memory_bytes = weights_memory;
   options.host_memory_bytes = host_memory;
+  if (all_move) options.small_slot_bytes = 0;
   options.read_ahead = read_ahead;
   options.replan = replan;
   options.read.backend = backend_named(io);
@@ -113,8 +114,9 @@ void add_engine(py::module_& module) {
 
   py::class_<OwnedEngine, std::shared_ptr<OwnedEngine>>(module, "Engine", "Streams weights.")
       .def(py::init(&make_engine), py::arg("device"), py::kw_only(), py::arg("weights_memory") = 0,
-           py::arg("host_memory") = 0, py::arg("read_ahead") = true, py::arg("replan") = true,
-           py::arg("io") = "auto", py::arg("io_limit") = 0, py::arg("trace") = nullptr)
+           py::arg("host_memory") = 0, py::arg("all_move") = false, py::arg("read_ahead") = true,
+           py::arg("replan") = true, py::arg("io") = "auto", py::arg("io_limit") = 0,
+           py::arg("trace") = nullptr)
       .def_property_readonly("device",
                              [](const OwnedEngine& one) { return one.engine->options().device; })
       .def("report", &report_of)
@@ -176,7 +178,10 @@ void add_engine(py::module_& module) {
                      bool
                          wrap_around,
                      bool
-                         in_memory) {
+                         in_memory,
+                     std::
+                         optional<at::Device>
+                             idle_device) {
                     std::vector<GroupDescription> groups;
                     for (const auto& [group_name, slots, keep] : described) {
                       GroupDescription group;
@@ -194,12 +199,14 @@ void add_engine(py::module_& module) {
                         offload::ClientOptions{.wrap_around = wrap_around,
                                                .read_ahead = read_ahead,
                                                .first_order = std::move(first_order),
+                                               .idle_device = idle_device,
                                                .source_changed = {}},
                         in_memory ? weights::PrivateHome::memory : weights::PrivateHome::disk);
                   }),
               py::arg("engine"), py::arg("name"), py::arg("groups"), py::kw_only(),
               py::arg("first_order") = std::vector<size_t>(), py::arg("read_ahead") = true,
-              py::arg("wrap_around") = true, py::arg("in_memory") = false)
+              py::arg("wrap_around") = true, py::arg("in_memory") = false,
+              py::arg("idle_device") = std::nullopt)
           .def(
               "lease",
               [](std::shared_ptr<OffloadClient> client, const std::vector<size_t>& groups) {

@@ -15,7 +15,7 @@ OffloadClient::OffloadClient(std::shared_ptr<OwnedEngine> engine, const std::str
                              const offload::ClientOptions& options, weights::PrivateHome home)
     : engine_(std::move(engine)) {
   c10::InferenceMode off(false);
-  const at::Device device = engine_->engine->options().device;
+  const at::Device device = options.idle_device.value_or(engine_->engine->options().device);
   std::vector<offload::Group> own;
   try {
     for (GroupDescription& described : groups) {

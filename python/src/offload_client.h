@@ -27,7 +27,7 @@ struct GroupDescription {
 // Ownership: keeps the engine and the tensors of its slots.
 class OffloadClient {
  public:
-  // Every slot becomes a stub on the engine's device. Weights without a source are written to
+  // Every slot becomes a stub on `options.idle_device`. Weights without a source are written to
   // `home` group by group. Throws as Client's constructor, after giving the weights back.
   OffloadClient(std::shared_ptr<OwnedEngine> engine, const std::string& name,
                 std::vector<GroupDescription> groups, const offload::ClientOptions& options,

@@ -34,7 +34,7 @@ def test_equals_the_cpu(kind, home, stream, tmp_path):
     if home == "disk":
         options["offload_to_disk_path"] = str(tmp_path)
     made = ferry.apply_group_offloading(net, "fake", use_stream=stream, **KINDS[kind], **options)
-    assert all(p.device.type == "fake" for p in net.parameters())
+    assert all(p.device.type == "cpu" for p in [*net.parameters(), *net.buffers()])
     for _ in range(3):
         out = net(x)  # from the CPU, as diffusers' hooks take it
         assert out.device.type == "fake" and torch.equal(out.cpu(), expected)
@@ -81,6 +81,18 @@ def test_quantized_weights(kind, scheme):
     assert [id(one) for one in (weight, *inner_tensors(weight).values())] == before
     made.remove()
     assert weight.device.type == "cpu" and torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_under_a_budget_parameters_name_the_device_they_compute_on():
+    net, x = make(), input_of()
+    expected = net(x)
+    made = ferry.offload(net, memory="1GiB", activations="64MiB", device="fake")
+    assert all(p.device.type == "fake" for p in net.parameters())
+    assert torch.equal(net(x).cpu(), expected)
+    assert all(p.device.type == "fake" for p in net.parameters())
+    made.remove()
+    assert torch.equal(net(x), expected)
 
 
 @torch.no_grad()

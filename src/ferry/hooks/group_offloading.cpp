@@ -504,6 +504,7 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
   offload::ClientOptions options{.wrap_around = config.wrap_around,
                                  .read_ahead = config.use_stream,
                                  .first_order = {},
+                                 .idle_device = {},
                                  .source_changed = {}};
   for (const auto& [module, groups] : grouping.leases) {
     if (!grouping.unused(module))

@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -86,6 +87,8 @@ struct ClientOptions {
   bool read_ahead = true;
   // The groups in the order in which a pass is expected to lease them; empty: each once, in order.
   std::vector<size_t> first_order = {};
+  // The device that slots name while their group is away. Default: where compute happens.
+  std::optional<at::Device> idle_device = {};
   // Told when a slot's weight no longer equals the checkpoint and where it is kept now. Called with
   // the engine locked.
   std::function<void(const at::Tensor& slot, const weights::StoredTensor& source)> source_changed =
@@ -301,6 +304,7 @@ class Client {
   // Changes the source of all groups; the next pass plans anew. REQUIRES: no lease is out.
   void read_from_locked(bool packs);
   void make_pieces_locked(State& state);
+  at::Device idle_device() const { return options_.idle_device.value_or(engine_.options_.device); }
   void report_plan_locked();
   // Which pieces stay in host memory once they were read; returns the bytes they take. `residents`
   // too where another component may take their place.

@@ -23,7 +23,10 @@ uint64_t round_up(uint64_t value, uint64_t unit) {
 
 class Builder {
  public:
-  Builder(const std::string& name, at::Device device) : device_(device) { piece_.name = name; }
+  Builder(const std::string& name, const PieceOptions& options)
+      : on_accelerator_(!options.device.is_cpu()), idle_device_(options.idle_device) {
+    piece_.name = name;
+  }
 
   bool empty() const { return piece_.slots.empty(); }
   uint64_t read_bytes() const { return piece_.read_bytes; }
@@ -31,7 +34,7 @@ class Builder {
   void add(const weights::BoundSlot& bound, const weights::StoredTensor& source) {
     SlotPlace slot;
     slot.tensor = bound.slot.tensor;
-    slot.stub = weights::make_stub(bound.slot.shape(), bound.slot.dtype(), device_);
+    slot.stub = weights::make_stub(bound.slot.shape(), bound.slot.dtype(), idle_device_);
     slot.source = source;
 
     std::vector<Extent>& extents = piece_.extents;
@@ -56,7 +59,7 @@ class Builder {
     } else {
       piece_.all_converted = false;
     }
-    if (!device_.is_cpu()) add_copy(slot);
+    if (on_accelerator_) add_copy(slot);
     piece_.slots.push_back(std::move(slot));
   }
 
@@ -81,7 +84,8 @@ class Builder {
     piece_.flat_bytes = slot.flat_place + size;
   }
 
-  at::Device device_;
+  bool on_accelerator_;
+  at::Device idle_device_;
   Piece piece_;
   uint64_t end_ = 0;  // of the last slot, in its file
 };
@@ -150,10 +154,10 @@ void Piece::detach() noexcept {
 }
 
 std::vector<Piece> make_pieces(const std::string& name,
-                               const std::vector<weights::BoundSlot>& slots, at::Device device,
-                               uint64_t piece_bytes, bool packed) {
+                               const std::vector<weights::BoundSlot>& slots,
+                               const PieceOptions& options) {
   auto source_of = [&](size_t i) -> const weights::StoredTensor& {
-    return packed && slots[i].packed ? *slots[i].packed : slots[i].source;
+    return options.packed && slots[i].packed ? *slots[i].packed : slots[i].source;
   };
   std::vector<size_t> by_offset(slots.size());
   std::iota(by_offset.begin(), by_offset.end(), 0);
@@ -164,11 +168,11 @@ std::vector<Piece> make_pieces(const std::string& name,
   std::vector<Piece> pieces;
   std::optional<Builder> builder;
   for (size_t i : by_offset) {
-    if (builder && builder->read_bytes() + source_of(i).size_bytes > piece_bytes) {
+    if (builder && builder->read_bytes() + source_of(i).size_bytes > options.piece_bytes) {
       pieces.push_back(builder->finish());
       builder.reset();
     }
-    if (!builder) builder.emplace(name, device);
+    if (!builder) builder.emplace(name, options);
     builder->add(slots[i], source_of(i));
   }
   if (builder) pieces.push_back(builder->finish());

@@ -95,10 +95,16 @@ struct Piece {
   void detach() noexcept;
 };
 
-// Cuts a group into pieces of about `piece_bytes`, slots in the order of the files. `packed`: read
-// from their packs the slots that have one.
+struct PieceOptions {
+  at::Device device;       // where compute happens
+  at::Device idle_device;  // of the stubs
+  uint64_t piece_bytes;    // about that much each
+  bool packed = false;     // read from their packs the slots that have one
+};
+
+// Cuts a group into pieces, slots in the order of the files.
 std::vector<Piece> make_pieces(const std::string& name,
-                               const std::vector<weights::BoundSlot>& slots, at::Device device,
-                               uint64_t piece_bytes, bool packed = false);
+                               const std::vector<weights::BoundSlot>& slots,
+                               const PieceOptions& options);
 
 }  // namespace ferry::offload

@@ -10,8 +10,9 @@
 namespace ferry::weights {
 
 namespace {
-// Of each tensor: no element is cut by it, whatever its size.
-constexpr uint64_t kItemAlignment = 64;
+// Of each tensor: no element is cut by it, whatever its size, and neighbours go to an accelerator
+// in one copy.
+constexpr uint64_t kItemAlignment = 256;
 }  // namespace
 
 std::vector<StoredTensor> write_private_file(const std::vector<BoundSlot>& slots,
