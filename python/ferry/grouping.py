@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -33,6 +33,16 @@ class Lease:
 
 # Modules whose code reads the weights of the modules below without calling those.
 _READ_BELOW = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, or of a container that cannot be called (``nn.Module()``, a ModuleList) those in it
+    that can."""
+    if type(module).forward is not nn.Module.forward or "forward" in module.__dict__:
+        yield module
+        return
+    for child in module.children():
+        yield from _called(child)
 
 
 def is_below(name: str, ancestor: str) -> bool:
@@ -160,16 +170,17 @@ class Grouping:
         return [key for top in modules for m in top.modules() for key in self._own.get(id(m), [])]
 
     def _add_chunk(self, list_name: str, chunk: list[tuple[str, nn.Module]]) -> None:
-        keys = self._keys_below(module for _, module in chunk)
+        called = [one for _, module in chunk for one in _called(module)]
+        keys = self._keys_below(called)
         held: dict[int, int] = {}
-        for top in {id(m): m for _, module in chunk for m in module.modules()}.values():
+        for top in {id(m): m for module in called for m in module.modules()}.values():
             for key in set(self._own.get(id(top), [])):
                 held[key] = held.get(key, 0) + 1
         # What another module holds too is left to the top level.
         own = self._take(key for key in dict.fromkeys(keys) if held[key] == self._holders[key])
         if own:
             self.groups.append(Group(f"{list_name}.{chunk[0][0]}", own))
-            for _, module in chunk:
+            for module in called:
                 self._lease(module, len(self.groups) - 1)
 
     def _add_top_level(self, prefix: str, root: nn.Module) -> None:

@@ -336,3 +336,39 @@ def test_attention_that_reads_the_weights_below_it():
     expected = layer(x)
     ferry.apply_group_offloading(layer, "cpu", offload_type="leaf_level", use_stream=True)
     assert torch.equal(layer(x), expected)
+
+
+class _Contained(nn.Module):
+    """Blocks that are containers and are never called themselves, as autoencoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        for _ in range(3):
+            stage = nn.Module()
+            stage.block = nn.ModuleList([nn.Linear(128, 128), nn.Linear(128, 128)])
+            stage.norm = nn.LayerNorm(128)
+            stage.scale = nn.Parameter(torch.randn(128))
+            self.stages.append(stage)
+        self.pairs = nn.ModuleList(nn.ModuleList([nn.Linear(128, 128), nn.SiLU()]) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            for layer in stage.block:
+                x = layer(x)
+            x = stage.norm(x) * stage.scale
+        for layer, activation in self.pairs:
+            x = x + activation(layer(x))
+        return x
+
+
+@torch.no_grad()
+def test_blocks_that_are_never_called():
+    torch.manual_seed(0)
+    net, x = _Contained(), input_of()
+    expected = net(x)
+    offloading = ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("block_level"))
+    names = [group["name"] for group in offloading.report()["plan"]["groups"]]
+    assert {"stages.0", "stages.2", "pairs.1"} <= set(names)
+    for _ in range(3):
+        assert torch.equal(net(x), expected)
