@@ -30,6 +30,7 @@ from .sources import checkpoint_sources, mapped_sources
 __all__ = ["GroupOffloading", "GroupOffloadingConfig", "apply_group_offloading", "offloading_of"]
 
 _ATTRIBUTE = "_ferry_offloading"
+_FEW_BYTES = 16 << 10
 # What pipelines call besides forward: each is a pass of its own.
 _ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")
 
@@ -117,6 +118,8 @@ class GroupOffloading:
             config.num_blocks_per_group or 1,
             block_modules,
             config.exclude,
+            # Pipelines read these outside of any call (latents_mean, a normalizer's mean and std).
+            () if self._device.type == "cpu" else [k for k, s in slots.items() if _is_read(s, root)],
         )
         for key in grouping.excluded:
             slots[key].tensor.data = slots[key].tensor.data.to(self._device)
@@ -298,6 +301,10 @@ class GroupOffloading:
         self._client.remove()
         root = self._root()
         if root is not None:
+            for _, tensor in own_tensors(root):
+                for plain in inner_tensors(tensor).values():
+                    if plain.device != torch.device("cpu"):
+                        plain.data = plain.data.to("cpu")
             rebuild_wrappers(root, torch.device("cpu"))
             root.__dict__.pop(_ATTRIBUTE, None)
 
@@ -312,6 +319,11 @@ class GroupOffloading:
 
     def report(self) -> dict[str, Any]:
         return self.engine.report() | {"plan": self._client.plan()}
+
+
+def _is_read(slot: Slot, root: nn.Module) -> bool:
+    """Whether it is one of the root's own few numbers."""
+    return slot.size_bytes < _FEW_BYTES and any(module is root for module, _ in slot.owners)
 
 
 def _registered(root: nn.Module) -> Iterator[torch.Tensor]:

@@ -64,6 +64,7 @@ class Grouping:
         num_blocks_per_group: int = 1,
         block_modules: Sequence[str] | None = None,
         exclude: Iterable[str] = (),
+        stay: Iterable[int] = (),
     ):
         self.modules = dict(root.named_modules())
         self.groups: list[Group] = []
@@ -81,7 +82,7 @@ class Grouping:
             for key in set(keys):
                 self._holders[key] = self._holders.get(key, 0) + 1
         self._group_of: dict[int, int] = {}
-        self.excluded = self._find_excluded(exclude)
+        self.excluded = self._find_excluded(exclude) | set(stay)
         if offload_type == "leaf_level":
             whole: list[str] = []
             for name, module in self.modules.items():
