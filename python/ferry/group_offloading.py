@@ -121,8 +121,13 @@ class GroupOffloading:
             # Pipelines read these outside of any call (latents_mean, a normalizer's mean and std).
             () if self._device.type == "cpu" else [k for k, s in slots.items() if _is_read(s, root)],
         )
+        self._read = []
         for key in grouping.excluded:
-            slots[key].tensor.data = slots[key].tensor.data.to(self._device)
+            if self._device.type != "cpu" and config.idle_device.type == "cpu" and _is_read(slots[key], root):
+                self._read.append(slots[key].tensor)
+            else:
+                slots[key].tensor.data = slots[key].tensor.data.to(self._device)
+        self._depth = 0
         moving = {key: slot for key, slot in slots.items() if key not in grouping.excluded}
         sources = self._find_sources(root, moving, block_modules)
         first_order = [group for lease in grouping.leases for group in lease.groups]
@@ -249,6 +254,8 @@ class GroupOffloading:
             self._adopt_new(root)
             client.begin_pass()
             completed = False
+            self._depth += 1
+            waiting = self._bring_read() if self._depth == 1 else []
             try:
                 if leased is not None:
                     output = leased(forward, args, kwargs)
@@ -258,9 +265,24 @@ class GroupOffloading:
                 completed = True
                 return output
             finally:
+                self._depth -= 1
+                for tensor, idle, version in waiting:
+                    tensor.data = idle if tensor._version == version else tensor.data.to(idle.device)
                 client.end_pass(completed)
 
         return around
+
+    def _bring_read(self) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """The root's own few numbers to where it computes; and what takes them back, which waits for
+        the device only where they were changed."""
+        waiting = []
+        for tensor in self._read:
+            idle = tensor.data
+            tensor.data = idle.to(self._device)
+            # In a graph it stays where its gradient will be.
+            if not (tensor.requires_grad and torch.is_grad_enabled()):
+                waiting.append((tensor, idle, tensor._version))
+        return waiting
 
     @torch.compiler.disable
     def _adopt_new(self, root: nn.Module) -> None:
