@@ -8,7 +8,8 @@ torch=2.11.0
 packages=(
   g++ cmake ninja-build pkg-config git python3 python3-venv python3-dev
   nlohmann-json3-dev libcli11-dev libspdlog-dev libgtest-dev libgmock-dev
-  libjemalloc-dev liburing-dev libzstd-dev libxxhash-dev libssl-dev libicu-dev libpng-dev libjpeg-dev libwebp-dev
+  libjemalloc-dev liburing-dev libzstd-dev libxxhash-dev libssl-dev libicu-dev
+  libpng-dev libjpeg-dev libwebp-dev
   clang-format
 )
 

@@ -112,23 +112,23 @@ class GroupOffloading:
         block_modules = config.block_modules
         if block_modules is None:
             block_modules = getattr(root, "_group_offload_block_modules", None) or []
+        # Pipelines read these outside of any call (latents_mean, a normalizer's mean and std). Where idle
+        # parameters name the device that computes, the engine keeps what is small there.
+        moves_with_root = config.idle_device != self._device
+        read = {key for key, slot in slots.items() if moves_with_root and _is_read(slot, root)}
         grouping = Grouping(
             root,
             config.offload_type,
             config.num_blocks_per_group or 1,
             block_modules,
             config.exclude,
-            # Pipelines read these outside of any call (latents_mean, a normalizer's mean and std).
-            () if self._device.type == "cpu" else [k for k, s in slots.items() if _is_read(s, root)],
+            read,
         )
-        self._read = []
+        read -= grouping.excluded
+        self._read = [slots[key].tensor for key in read]
         for key in grouping.excluded:
-            if self._device.type != "cpu" and config.idle_device.type == "cpu" and _is_read(slots[key], root):
-                self._read.append(slots[key].tensor)
-            else:
-                slots[key].tensor.data = slots[key].tensor.data.to(self._device)
-        self._depth = 0
-        moving = {key: slot for key, slot in slots.items() if key not in grouping.excluded}
+            slots[key].tensor.data = slots[key].tensor.data.to(self._device)
+        moving = {key: slot for key, slot in slots.items() if key not in grouping.excluded | read}
         sources = self._find_sources(root, moving, block_modules)
         first_order = [group for lease in grouping.leases for group in lease.groups]
         on_cpu = self._device.type == "cpu"
@@ -254,35 +254,36 @@ class GroupOffloading:
             self._adopt_new(root)
             client.begin_pass()
             completed = False
-            self._depth += 1
-            waiting = self._bring_read() if self._depth == 1 else []
             try:
-                if leased is not None:
-                    output = leased(forward, args, kwargs)
-                else:
-                    with client.lease(groups):
-                        output = forward(*args, **kwargs)
+                with self._bringing_read():
+                    if leased is not None:
+                        output = leased(forward, args, kwargs)
+                    else:
+                        with client.lease(groups):
+                            output = forward(*args, **kwargs)
                 completed = True
                 return output
             finally:
-                self._depth -= 1
-                for tensor, idle, version in waiting:
-                    tensor.data = idle if tensor._version == version else tensor.data.to(idle.device)
                 client.end_pass(completed)
 
         return around
 
-    def _bring_read(self) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        """The root's own few numbers to where it computes; and what takes them back, which waits for
-        the device only where they were changed."""
-        waiting = []
-        for tensor in self._read:
-            idle = tensor.data
-            tensor.data = idle.to(self._device)
-            # In a graph it stays where its gradient will be.
-            if not (tensor.requires_grad and torch.is_grad_enabled()):
-                waiting.append((tensor, idle, tensor._version))
-        return waiting
+    @contextmanager
+    def _bringing_read(self) -> Iterator[None]:
+        """Holds the root's own few numbers where it computes. Waits for the device only where they were
+        changed."""
+        brought = []
+        try:
+            for tensor in self._read:
+                idle = tensor.data
+                tensor.data = idle.to(self._device)
+                # In a graph it stays where its gradient will be.
+                if not (tensor.requires_grad and torch.is_grad_enabled()):
+                    brought.append((tensor, idle, tensor._version))
+            yield
+        finally:
+            for tensor, idle, version in brought:
+                tensor.data = idle if tensor._version == version else tensor.data.to(idle.device)
 
     @torch.compiler.disable
     def _adopt_new(self, root: nn.Module) -> None:
@@ -323,10 +324,8 @@ class GroupOffloading:
         self._client.remove()
         root = self._root()
         if root is not None:
-            for _, tensor in own_tensors(root):
-                for plain in inner_tensors(tensor).values():
-                    if plain.device != torch.device("cpu"):
-                        plain.data = plain.data.to("cpu")
+            for tensor in self._read:
+                tensor.data = tensor.data.to("cpu")
             rebuild_wrappers(root, torch.device("cpu"))
             root.__dict__.pop(_ATTRIBUTE, None)
 

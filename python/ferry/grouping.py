@@ -82,7 +82,8 @@ class Grouping:
             for key in set(keys):
                 self._holders[key] = self._holders.get(key, 0) + 1
         self._group_of: dict[int, int] = {}
-        self.excluded = self._find_excluded(exclude) | set(stay)
+        self.excluded = self._find_excluded(exclude)
+        self._stay = self.excluded | set(stay)
         if offload_type == "leaf_level":
             whole: list[str] = []
             for name, module in self.modules.items():
@@ -124,10 +125,10 @@ class Grouping:
             lease.groups.append(group)
 
     def _take(self, keys: Iterable[int]) -> list[int]:
-        """Those that no group has and that are not excluded; they belong to the next group."""
+        """Those that no group has and that do not stay; they belong to the next group."""
         own = []
         for key in keys:
-            if key not in self._group_of and key not in self.excluded:
+            if key not in self._group_of and key not in self._stay:
                 self._group_of[key] = len(self.groups)
                 own.append(key)
         return own
