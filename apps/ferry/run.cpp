@@ -1,6 +1,7 @@
 #include "run.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -12,7 +13,10 @@
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <new>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "command.h"
@@ -75,6 +79,20 @@ int run(const ferry::cli::Command& command, ferry::cli::Context& context) {
   }
 }
 
+// CLI11 lists what an option excludes in the order of the options' addresses, which is the
+// allocator's; here it is the order of names.
+class HelpFormatter : public CLI::Formatter {
+ public:
+  std::string make_option_opts(const CLI::Option* option) const override {
+    std::string text = CLI::Formatter::make_option_opts(option);
+    std::set<std::string> names;
+    for (const CLI::Option* other : option->get_excludes()) names.insert(other->get_name());
+    if (names.size() < 2) return text;
+    const std::string label = get_label("Excludes") + ":";
+    return text.substr(0, text.find(label)) + fmt::format("{} {}", label, fmt::join(names, " "));
+  }
+};
+
 }  // namespace
 
 namespace ferry::cli {
@@ -89,6 +107,7 @@ int run_command_line(int argc, char** argv) {
   app.set_version_flag("--version", "ferry " FERRY_VERSION);
   app.require_subcommand(1);
   app.fallthrough();  // --quiet and --log-level also after the subcommand
+  app.formatter(std::make_shared<HelpFormatter>());  // before the commands, which inherit it
   app.get_formatter()->column_width(34);
   app.footer("ferry COMMAND --help explains each command.");
 

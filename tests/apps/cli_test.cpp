@@ -72,6 +72,7 @@ TEST(Cli, HelpAndVersion) {
     EXPECT_EQ(own.code, 0) << name;
     EXPECT_THAT(own.out, HasSubstr("--help")) << name;
   }
+  EXPECT_THAT(ferry({"generate", "--help"}).out, HasSubstr("Excludes: --memory --reserve"));
   EXPECT_THAT(ferry({"--version"}).out, HasSubstr("ferry 0."));
 }
 
@@ -339,7 +340,9 @@ TEST(Cli, TheLeastBudgetIsTheLeast) {
         ferry({"generate", "--model", model, "--prompt", "a red circle", "--steps", "1", "--width",
                "16", "--height", "16", "--max-sequence-length", "8", "--seed", "1", "--output",
                (folder / "a.png").string(), "--weights-memory", std::to_string(budget)});
-    if (result.code != 0) EXPECT_THAT(result.err, HasSubstr("at least"));
+    if (result.code != 0) {
+      EXPECT_THAT(result.err, HasSubstr("at least"));
+    }
     return result.code;
   };
   for (const std::string& model :
