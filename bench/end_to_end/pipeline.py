@@ -6,8 +6,8 @@ Makes a pipeline folder with random weights of true shapes (flux-2gb, t5-xxl, cl
 scheduler of models/shapes; 12 GB in $TMPDIR, removed afterwards unless --model names where it goes), draws from
 it resident and under --memory, with and without true CFG, and checks: latents and pictures are equal bit for
 bit, peak resident memory is at most the budget + max(5%, 16 MiB), and a step with two predictions in lockstep
-reads less than two steps with one. (Half of it under one plan; steps with one are planned again with measured
-times, those in lockstep are not.) Exits with 1 if not.
+reads half of what two steps with one read. (Within 10%: activations of two leave less room for weights, and each
+run plans again with its own measured times.) Exits with 1 if not.
 """
 import argparse
 import json
@@ -94,7 +94,7 @@ def main():
         checks[f"peak {peak >> 20} MiB within {allowed >> 20} MiB"] = peak <= allowed
         one = runs["streamed, 6 steps"][1]["bytes_read"] - runs["streamed, 4 steps"][1]["bytes_read"]
         both = runs["streamed, cfg, 6 steps"][1]["bytes_read"] - runs["streamed, cfg, 4 steps"][1]["bytes_read"]
-        checks[f"a step of two predictions reads {both / 2e9:.2f} GB, two steps of one {one / 1e9:.2f} GB"] = both < 0.75 * 2 * one
+        checks[f"a step of two predictions reads {both / 2e9:.2f} GB, two steps of one {one / 1e9:.2f} GB"] = both <= 0.55 * 2 * one
     finally:
         shutil.rmtree(work)
     for name, good in checks.items():
