@@ -1,6 +1,7 @@
 #include "ferry/io/scratch_file.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cstring>
 #include <filesystem>
@@ -64,6 +65,28 @@ TEST(ScratchFile, AFullDiskLosesOnlyWhatDidNotFit) {
   std::string text(5, '?');
   scratch.file()->read_exact(0, 5, reinterpret_cast<std::byte*>(text.data()));
   EXPECT_EQ(text, "abchi");
+}
+
+TEST(ScratchFile, WhatIsDiscardedTakesNoSpace) {
+  testing_io::TempFolder folder;
+  ScratchFile on_disk(folder.path());
+  ScratchFile in_memory{ScratchFile::InMemory()};
+  for (ScratchFile* scratch : {&on_disk, &in_memory}) {
+    auto space = [&] {
+      struct stat found {};
+      EXPECT_EQ(::fstat(scratch->file()->buffered_fd(), &found), 0);
+      return found.st_blocks * 512;
+    };
+    const std::string first(1 << 20, 'a'), second(1 << 20, 'b');
+    scratch->append(bytes_of(first));
+    const uint64_t at = scratch->append(bytes_of(second));
+    EXPECT_GE(space(), 2 << 20);
+    scratch->discard(0, first.size());
+    EXPECT_LT(space(), 3 << 19);
+    std::string text(4, '?');
+    scratch->file()->read_exact(at, 4, reinterpret_cast<std::byte*>(text.data()));
+    EXPECT_EQ(text, "bbbb");
+  }
 }
 
 }  // namespace

@@ -71,6 +71,12 @@ void ScratchFile::align(uint64_t unit) {
   append(std::vector<std::byte>((unit - end_ % unit) % unit));
 }
 
+void ScratchFile::discard(uint64_t offset, uint64_t size_bytes) noexcept {
+  if (size_bytes == 0) return;
+  ::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+              static_cast<off_t>(size_bytes));
+}
+
 std::filesystem::path cache_folder() {
   auto variable = [](const char* name) -> std::string {
     const char* value = std::getenv(name);

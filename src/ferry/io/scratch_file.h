@@ -30,6 +30,9 @@ class ScratchFile {
   // page, as O_DIRECT wants. Returns where. Throws IoError (a full disk).
   uint64_t append(std::span<const std::byte> bytes);
   void align(uint64_t unit = 4096);
+  // Gives back the space of what nobody reads any more (whole pages); what is there then reads as
+  // zeros. Where the file system cannot, it is given back with the file. Thread-safe.
+  void discard(uint64_t offset, uint64_t size_bytes) noexcept;
   const std::shared_ptr<const File>& file() const { return file_; }
 
  private:

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <mutex>
+#include <utility>
 
 #include "ferry/io/scratch_file.h"
 #include "ferry/tensor/dtype.h"
@@ -13,13 +14,27 @@ namespace {
 // Of each tensor: no element is cut by it, whatever its size, and neighbours go to an accelerator
 // in one copy.
 constexpr uint64_t kItemAlignment = 256;
+
+// What was written at once. Every tensor in it holds it, by way of its file; with the last one its
+// space is free again.
+struct Range {
+  explicit Range(std::shared_ptr<io::ScratchFile> file) : scratch(std::move(file)) {}
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+  ~Range() { scratch->discard(offset, size_bytes); }
+
+  std::shared_ptr<io::ScratchFile> scratch;
+  uint64_t offset = 0;
+  uint64_t size_bytes = 0;
+};
+
 }  // namespace
 
 std::vector<StoredTensor> write_private_file(const std::vector<BoundSlot>& slots,
                                              const std::vector<at::Tensor>& values,
                                              PrivateHome home) {
   // One file of each kind a process, opened at the first use; it lives as long as a weight that is
-  // in it.
+  // in it, and what was replaced in it takes no space.
   static std::mutex mutex;
   static std::weak_ptr<io::ScratchFile> files[2];
   std::lock_guard lock(mutex);
@@ -33,6 +48,7 @@ std::vector<StoredTensor> write_private_file(const std::vector<BoundSlot>& slots
   }
 
   std::vector<StoredTensor> stored;
+  auto range = std::make_shared<Range>(scratch);
   scratch->align();
   for (size_t i = 0; i < values.size(); ++i) {
     scratch->align(kItemAlignment);
@@ -44,8 +60,9 @@ std::vector<StoredTensor> write_private_file(const std::vector<BoundSlot>& slots
     one.size_bytes = value.nbytes();
     one.offset =
         scratch->append({static_cast<const std::byte*>(value.const_data_ptr()), one.size_bytes});
-    // The stored tensor holds the scratch file by way of its reading side.
-    one.file = std::shared_ptr<const io::File>(scratch, scratch->file().get());
+    if (i == 0) range->offset = one.offset;
+    range->size_bytes = one.offset + one.size_bytes - range->offset;
+    one.file = std::shared_ptr<const io::File>(range, scratch->file().get());
     stored.push_back(std::move(one));
   }
   // The last page is read whole.
