@@ -156,6 +156,14 @@ TEST_P(GroupOffloadingTest, AModelWithoutACheckpointIsOffloadedToo) {
   EXPECT_THROW(apply_group_offloading(*empty, nullptr, engine(90 << 10)), ArgumentError);
 }
 
+TEST_P(GroupOffloadingTest, WhereItFailsAModelWithoutACheckpointKeepsItsWeights) {
+  auto [net, binding] = load();
+  read_all(*net, *binding);
+  binding.reset();
+  EXPECT_THROW(apply_group_offloading(*net, nullptr, engine(4 << 10)), BudgetError);
+  EXPECT_TRUE(net(ids_, false).equal(expected_));
+}
+
 TEST_P(GroupOffloadingTest, AnEngineOfItsOwnHoldsNoMoreThanItMust) {
   for (auto type : {OffloadType::leaf_level, OffloadType::block_level}) {
     uint64_t peak[2];

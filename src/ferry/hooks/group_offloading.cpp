@@ -4,6 +4,7 @@
 #include <map>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 
 #include "ferry/base/error.h"
 #include "ferry/base/fiber.h"
@@ -394,9 +395,9 @@ void GroupOffloading::remove() {
   for (nn::Module* module : row_sources_)
     static_cast<nn::Embedding*>(module)->set_row_source(nullptr);
   row_sources_.clear();
-  if (!client_) return;
   client_.reset();
-  if (!only_in_memory_) return;
+  // Once: the model may be another's by the time this object ends.
+  if (!std::exchange(only_in_memory_, false)) return;
   try {
     auto reader = io::make_read_engine();
     weights::load_resident(*binding_, *reader);
@@ -494,18 +495,21 @@ std::shared_ptr<GroupOffloading> apply_group_offloading(nn::Module& root,
   if (only_in_memory) binding = bind_memory(root, name);
 
   Grouping grouping(root, *binding, config);
-  settle_loaded(*binding, grouping, device);
-  grouping.build(engine->options().small_slot_bytes);
-
+  // From here on it brings back what is in memory only, also where something below fails.
   auto offloading = std::make_shared<GroupOffloading>();
   offloading->engine_ = engine;
   offloading->binding_ = binding;
   offloading->only_in_memory_ = only_in_memory;
-  offload::ClientOptions options{.wrap_around = config.wrap_around,
-                                 .read_ahead = config.use_stream,
-                                 .first_order = {},
-                                 .idle_device = {},
-                                 .source_changed = {}};
+  settle_loaded(*binding, grouping, device);
+  grouping.build(engine->options().small_slot_bytes);
+
+  offload::ClientOptions options{
+      .wrap_around = config.wrap_around,
+      .read_ahead = config.use_stream,
+      .host_homes = !config.low_cpu_mem_usage && !config.offload_to_disk_path,
+      .first_order = {},
+      .idle_device = {},
+      .source_changed = {}};
   for (const auto& [module, groups] : grouping.leases) {
     if (!grouping.unused(module))
       options.first_order.insert(options.first_order.end(), groups.begin(), groups.end());

@@ -309,7 +309,7 @@ void DiffusionPipeline::enable_group_offload(std::shared_ptr<offload::Engine> en
   disable_group_offload();
   try {
     for (const auto& [name, component] : components_) {
-      if (!component.model || !component.model->binding()) continue;
+      if (!component.model) continue;
       if (std::find(exclude_modules.begin(), exclude_modules.end(), name) !=
           exclude_modules.end()) {
         component.model->to(engine->options().device);
