@@ -198,6 +198,7 @@ void add_engine(py::module_& module) {
                         std::move(engine), name, std::move(groups),
                         offload::ClientOptions{.wrap_around = wrap_around,
                                                .read_ahead = read_ahead,
+                                               .host_homes = true,
                                                .first_order = std::move(first_order),
                                                .idle_device = idle_device,
                                                .source_changed = {}},

@@ -1,5 +1,7 @@
 // The engine's accelerator path, on the fake accelerator: the same code as on a GPU.
 #include <ATen/ATen.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
@@ -299,6 +301,59 @@ TEST_F(AcceleratorTest, ChangedWeightsAreKept) {
   for (int pass = 0; pass < 3; ++pass) EXPECT_TRUE(enqueue(client).to(at::kCPU).equal(expected));
 }
 
+TEST_F(AcceleratorTest, ATraceMayEndWhileCopiesAreUnderWay) {
+  put_input();
+  FakeAccelerator::set_options({.copy_delay_ms = 3});
+  Trace trace;
+  EngineOptions options = AcceleratorTest::options(160 << 10, EngineOptions::kAllWeights);
+  options.trace = &trace;
+  Engine engine(options);
+  Client client(engine, "model", groups());
+  at::Tensor first = enqueue(client);
+  engine.set_trace(nullptr);
+  EXPECT_TRUE(right(first));
+  EXPECT_TRUE(right(enqueue(client)));
+}
+
+TEST_F(AcceleratorTest, AComponentThatComesLaterHasItsHomesInHostMemoryToo) {
+  put_input();
+  Engine engine(options(80 << 10, EngineOptions::kAllWeights));
+  Client first(engine, "first", groups());
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(right(enqueue(first)));
+  Client second(engine, "second", groups());
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(right(enqueue(second)));
+  const uint64_t read = engine.report().bytes_read;
+  for (int pass = 0; pass < 2; ++pass) EXPECT_TRUE(right(enqueue(second)));
+  EXPECT_EQ(engine.report().bytes_read, read);
+}
+
+// The room of one pipeline is taken by another, whose stream knows nothing of the first one's work.
+TEST_F(AcceleratorTest, WhatIsDroppedWaitsForTheStreamThatUsedIt) {
+  put_input();
+  FakeAccelerator::drain();
+  FakeAccelerator::set_options({.op_delay_ms = 3});
+  Engine engine(options(400 << 10));
+  Client first(engine, "first", groups());
+  std::vector<at::Tensor> of_first = slots_;
+  Client second(engine, "second", groups());
+  std::vector<at::Tensor> of_second = slots_;
+  const c10::impl::VirtualGuardImpl guard(device_.type());
+  const c10::Stream other = guard.getStreamFromGlobalPool(device_);
+  for (int round = 0; round < 3; ++round) {
+    at::Tensor a, b;
+    {
+      c10::StreamGuard on(other);
+      slots_ = of_first;
+      a = enqueue(first);
+    }
+    slots_ = of_second;
+    b = enqueue(second);
+    FakeAccelerator::drain();
+    EXPECT_TRUE(right(a));
+    EXPECT_TRUE(right(b));
+  }
+}
+
 // ---- device memory that runs out ----
 
 TEST_F(AcceleratorTest, AnArenaThatDoesNotFitIsMadeSmaller) {
@@ -376,11 +431,16 @@ TEST_F(AcceleratorTest, OverlapsCopiesWithCompute) {
     Engine engine(options(budget, EngineOptions::kAllWeights));
     Client client(engine, "model", groups());
     enqueue(client);
-    FakeAccelerator::drain();
-    const auto began = std::chrono::steady_clock::now();
-    for (int pass = 0; pass < 4; ++pass) enqueue(client);
-    FakeAccelerator::drain();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+    double least = 1e9;  // of three: other programs run too
+    for (int round = 0; round < 3; ++round) {
+      FakeAccelerator::drain();
+      const auto began = std::chrono::steady_clock::now();
+      for (int pass = 0; pass < 3; ++pass) enqueue(client);
+      FakeAccelerator::drain();
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+      least = std::min(least, took.count());
+    }
+    return least;
   };
   const double in_turns = seconds(40 << 10);
   EXPECT_LT(seconds(120 << 10), 0.9 * in_turns);

@@ -5,15 +5,18 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <thread>
 
 #include "../widening_encoding.h"
 #include "ferry/base/error.h"
+#include "ferry/base/units.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/tensor/dtype.h"
 #include "ferry/testing/faulty_system.h"
@@ -188,6 +191,16 @@ TEST_F(EngineTest, TheRecordedOrderIsReadAhead) {
   EXPECT_EQ(engine.report().misses, misses);
 }
 
+TEST_F(EngineTest, APassThatDoesNotWrapAroundIsReadAheadEachTime) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(80 << 10, 80 << 10));
+  ClientOptions options;
+  options.wrap_around = false;
+  Client client(engine, "model", groups(), options);
+  for (int pass = 0; pass < 3; ++pass) run_pass(client, kInOrder);
+  EXPECT_EQ(engine.report().misses, 0u);
+}
+
 TEST_F(EngineTest, ReadsEachStreamedByteOnceAStep) {
   write({100, 100, 100, 100, 100, 100, 100, 100});
   Engine engine(options(80 << 10, 80 << 10));
@@ -328,6 +341,34 @@ uint64_t process_memory(const std::string& field) {
   return 0;
 }
 
+// A group that stays is read through the ring where it is converted.
+TEST_F(EngineTest, TheLeastBudgetServesAGroupThatStaysAndIsCast) {
+  write({400, 10, 10});
+  uint64_t served = 0;
+  for (uint64_t budget = 4 << 10; served < 8; budget += 4 << 10) {
+    Engine engine(options(budget));
+    std::vector<Group> groups = EngineTest::groups(at::kDouble);
+    groups[0].keep_resident = true;
+    std::optional<Client> client;
+    try {
+      client.emplace(engine, "model", std::move(groups));
+    } catch (const BudgetError&) {
+      continue;
+    }
+    ++served;
+    client->begin_pass();
+    Lease outer = client->lease(0);
+    for (size_t group : {1, 2}) {
+      Lease lease = client->lease(group);
+      EXPECT_TRUE(is_right(group, at::kDouble));
+    }
+    EXPECT_TRUE(is_right(0, at::kDouble));
+    outer.release();
+    client->end_pass();
+    EXPECT_LE(engine.report().peak_bytes, budget);
+  }
+}
+
 TEST_F(EngineTest, TheProcessGrowsByNoMoreThanThePlan) {
   write(std::vector<int64_t>(16, 16384));  // 4 MiB each
   std::vector<size_t> order(16);
@@ -451,6 +492,35 @@ TEST_F(EngineTest, TwoComponentsShareTheBudget) {
   expect_all_stubs();
 }
 
+TEST_F(EngineTest, WhatAnotherComponentHoldsDoesNotSplitTheRoom) {
+  write({90, 75, 232, 232});
+  for (uint64_t budget = 40 << 10; budget < 240 << 10; budget += 4 << 10) {
+    Engine engine(options(budget));
+    std::vector<Group> all = groups();
+    all[1].keep_resident = true;
+    std::optional<Client> first, second;
+    try {
+      first.emplace(engine, "first", std::vector<Group>{all[0]});
+      second.emplace(engine, "second", std::vector<Group>{all[1], all[2], all[3]});
+    } catch (const BudgetError&) {
+      continue;
+    }
+    for (int round = 0; round < 3; ++round) {
+      run_pass(*first, {0});
+      second->begin_pass();
+      Lease outer = second->lease(0);
+      EXPECT_TRUE(is_right(1));
+      for (size_t group : {1, 2}) {
+        Lease lease = second->lease(group);
+        EXPECT_TRUE(is_right(group + 1)) << format_bytes(budget);
+      }
+      outer.release();
+      second->end_pass();
+    }
+    EXPECT_LE(engine.report().peak_bytes, budget);
+  }
+}
+
 TEST_F(EngineTest, WhatFitsTogetherIsReadOnce) {
   write({100, 100, 100, 100});
   Engine engine(options(1 << 20));
@@ -513,6 +583,32 @@ TEST_F(EngineTest, ChangedWeightsAreKept) {
     slots_[4].set_data(expected_[4].clone());
     for (int pass = 0; pass < 2; ++pass) run_pass(client, {0, 1, 2, 3});
     EXPECT_EQ(engine.report().changed, 2u);
+    expected_ = original;
+  }
+}
+
+TEST_F(EngineTest, AChangeThatCannotBeSavedStaysInMemory) {
+  write({100, 100, 100, 100});
+  const std::string before = std::getenv("FERRY_CACHE_DIR") ? std::getenv("FERRY_CACHE_DIR") : "";
+  for (uint64_t budget : {uint64_t{60} << 10, uint64_t{1} << 20}) {
+    Engine engine(options(budget, 40 << 10));
+    Client client(engine, "model", groups());
+    const auto original = expected_;
+    run_pass(client, {0, 1, 2, 3});
+    ::setenv("FERRY_CACHE_DIR", (folder_ / "model.safetensors" / "no folder").c_str(), 1);
+    {
+      Lease lease = client.lease(1);
+      slots_[2].add_(1);
+    }
+    expected_[2] = expected_[2] + 1;
+    EXPECT_TRUE(is_right(1));
+    client.unload();
+    EXPECT_THROW(client.lease(1), IoError);
+    EXPECT_TRUE(is_right(1));
+    run_pass(client, {0, 2, 3});
+    ::setenv("FERRY_CACHE_DIR", before.c_str(), 1);
+    for (int pass = 0; pass < 2; ++pass) run_pass(client, {0, 1, 2, 3});
+    EXPECT_EQ(engine.report().changed, 1u);
     expected_ = original;
   }
 }
@@ -615,6 +711,21 @@ TEST_F(EngineTest, AReservationWithinAPassCountsFromTheNextOne) {
   client.end_pass();
   run_pass(client, kInOrder);
   EXPECT_LE(client.plan().peak_bytes(), 156u << 10);
+}
+
+TEST_F(EngineTest, AReservationThatEndedCountsNoLonger) {
+  write({100, 100, 100, 100, 100, 100, 100, 100});
+  Engine engine(options(1 << 20, 64 << 10));
+  Client client(engine, "model", groups());
+  run_pass(client, kInOrder);
+  { Reservation reservation = engine.reserve(500 << 10); }
+  engine.set_weights_memory(120 << 10);
+  EXPECT_THROW(engine.set_weights_memory(8 << 10), BudgetError);
+  for (size_t group : kInOrder) {
+    Lease lease = client.lease(group);
+    EXPECT_TRUE(is_right(group));
+  }
+  EXPECT_LE(client.plan().peak_bytes(), 120u << 10);
 }
 
 TEST_F(EngineTest, AReservationOfTooMuchSaysHowMuchThereIs) {

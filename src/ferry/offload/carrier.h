@@ -40,15 +40,18 @@ class Carrier {
   // Reserves memory for an absent piece and begins to bring it. Throws IoError (the file changed
   // since it was opened).
   virtual Start start(Piece& piece) = 0;
-  // After no_staging: waits until some is free. False if none will ever be.
+  // After no_staging: waits until some is free. False if none will ever be. Throws DeviceError.
   virtual bool wait_for_staging(std::unique_lock<std::mutex>& lock) { return false; }
   // True if arrive() would return without waiting.
   virtual bool has_arrived(const Piece& piece) const = 0;
   // Returns once work that is enqueued from now on may use the piece, and its views are made.
   // Throws what went wrong on the way; then the piece is absent.
   virtual void arrive(Piece& piece, std::unique_lock<std::mutex>& lock) = 0;
-  // For the work enqueued so far by this thread; null where it is done already.
-  virtual Fence fence() = 0;
+  // For the work enqueued so far by this thread; null where it is done already. Where the device
+  // fails the next arrive() says so.
+  virtual Fence fence() noexcept = 0;
+  // What this thread enqueues from now on waits for `fence`, which may be null.
+  virtual void follow(const Fence& fence) {}
   // Takes the piece's memory back once `fence` has passed; reads in flight are cancelled. What a
   // host home holds stays unless `forget_host`.
   virtual void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept = 0;
@@ -58,7 +61,8 @@ class Carrier {
   virtual void synchronize() = 0;
   // Of the disk, bytes a second, as seen while a lease waited for it; 0 if none ever did.
   virtual double read_rate() const { return 0; }
-  // The most bytes of host memory ever held.
+  // Pinned host memory that it has, and the most of it ever held.
+  virtual uint64_t host_bytes() const { return 0; }
   virtual uint64_t host_peak_bytes() const { return 0; }
 };
 

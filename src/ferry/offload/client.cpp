@@ -117,6 +117,7 @@ void Client::begin_pass() {
     engine_.apply_reservations_locked();
     if (pass_depth_++ > 0) return;
     recording_.clear();
+    if (cursor_ == order_.size() && pending_.empty()) cursor_ = 0;  // the last pass did not wrap
     pass_began_ = computing_since_ = Clock::now();
     computing_ = nullptr;
     for (auto& state : states_) {
@@ -124,7 +125,9 @@ void Client::begin_pass() {
       state->compute_s = 0;
     }
     try {
-      if (plan_is_stale_) engine_.active_ = nullptr;
+      // Laid out anew also where a component that came meanwhile holds small slots.
+      if (plan_is_stale_ || engine_.arena_.size_bytes() > engine_.allowed_arena_locked())
+        engine_.active_ = nullptr;
       engine_.activate_locked(*this);
       read_ahead_quietly_locked();
     } catch (...) {
@@ -310,6 +313,11 @@ bool Client::evict_one_locked() {
 // ---- one group ----
 
 bool Client::start_locked(State& state) {
+  // What stays for the whole pass goes to the arena's end, not into a hole between others that go.
+  if (state.group.keep_resident && state.is_absent() && !engine_.holds_all_locked()) {
+    while (engine_.evict_inactive_locked(*this)) {
+    }
+  }
   for (; state.started < state.pieces.size(); ++state.started) {
     Piece& piece = state.pieces[state.started];
     Start outcome = Start::begun;
@@ -382,7 +390,8 @@ void Client::drop_locked(State& state, bool forget_host) noexcept {
     state.attached = false;
   }
   if (engine_.carrier_ && !state.pieces.empty()) {
-    const Fence fence = state.is_absent() ? nullptr : engine_.carrier_->fence();
+    Fence fence = std::exchange(state.last_use, nullptr);
+    if (!fence && !state.is_absent()) fence = engine_.carrier_->fence();
     for (Piece& piece : state.pieces) {
       const bool was_here = piece.where == Whereabouts::here;
       if (piece.where != Whereabouts::absent || (forget_host && piece.staged))
@@ -446,6 +455,9 @@ Lease Client::lease(size_t group) {
       // While this one arrives, the ones behind it can be asked for.
       if (waited) read_ahead_quietly_locked();
       arrive_locked(state, lock);
+      // Its last use may have been on another stream: who waits for this one waits for both.
+      engine_.carrier_->follow(std::exchange(state.last_use, nullptr));
+      engine_.carrier_->poll();
     } catch (...) {
       state.leases = 0;
       throw;
@@ -464,7 +476,6 @@ Lease Client::lease(size_t group) {
       for (size_t i = 0; i < followers_; ++i) pending_.push_front({group, 0, 0, true});
     }
     if (pass_depth_ > 0 && !following_) recording_.push_back(group);
-    engine_.carrier_->poll();
     return Lease(this, group);
   } catch (...) {
     engine_.turn_.leave();
@@ -483,10 +494,12 @@ void Client::release(size_t group) noexcept {
       try {
         if (!state.pieces.empty() && was_changed_locked(state)) save_changed_locked(state);
       } catch (const std::exception& error) {
-        // Rather in memory for good than lost.
-        log::error("{}: the changed weights of {} could not be saved ({}); they stay in memory",
-                   name_, state.group.name, error.what());
-        ++state.predicted;
+        log::error(
+            "{}: the changed weights of {} could not be saved ({}); they stay in memory, outside "
+            "of "
+            "the budget, and are saved when they are used next",
+            name_, state.group.name, error.what());
+        hold_changed_locked(state);
       }
       if (state.placement == Placement::streamed && state.attached && state.predicted == 0)
         drop_if_unused_locked(state);
@@ -494,6 +507,8 @@ void Client::release(size_t group) noexcept {
         for (Piece& piece : state.pieces) piece.detach();
         state.attached = false;
       }
+      // Whoever drops it later may be on another stream than its work.
+      if (engine_.carrier_ && !state.is_absent()) state.last_use = engine_.carrier_->fence();
       if (engine_.active_ == this) read_ahead_quietly_locked();
     }
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "ferry/base/error.h"
+#include "ferry/base/log.h"
 #include "ferry/offload/carrier.h"
 #include "ferry/offload/client_state.h"
 #include "ferry/offload/engine.h"
@@ -83,6 +84,8 @@ void Client::save_changed_locked(State& state) {
         weights::make_stub(bound.slot.shape(), values[i].scalar_type(), idle_device()));
     if (options_.source_changed) options_.source_changed(bound.slot.tensor, bound.source);
   }
+  std::vector<bool> homes;
+  for (const Piece& piece : state.pieces) homes.push_back(piece.host_home);
   auto footprint = [&] {
     uint64_t bytes = 0;
     for (const Piece& piece : state.pieces)
@@ -91,8 +94,30 @@ void Client::save_changed_locked(State& state) {
   };
   const uint64_t before = footprint();
   make_pieces_locked(state);
-  if (footprint() > before) plan_is_stale_ = true;
+  if (footprint() > before) {
+    plan_is_stale_ = true;
+  } else if (state.pieces.size() == homes.size()) {
+    for (size_t i = 0; i < homes.size(); ++i) state.pieces[i].host_home = homes[i];
+  }
   ++engine_.report_.changed;
+}
+
+void Client::hold_changed_locked(State& state) noexcept {
+  try {
+    c10::InferenceMode off(false);
+    at::NoGradGuard no_grad;
+    std::vector<at::Tensor> values;
+    for (const weights::BoundSlot& bound : state.group.slots)
+      values.push_back(bound.slot.tensor.detach().clone());
+    drop_locked(state, /*forget_host=*/true);
+    for (size_t i = 0; i < values.size(); ++i) {
+      at::Tensor slot = state.group.slots[i].slot.tensor;
+      slot.set_data(values[i]);
+    }
+  } catch (const std::exception& error) {
+    log::error("{}: {} could not be copied either ({}): it goes back to what it was", name_,
+               state.group.name, error.what());
+  }
 }
 
 }  // namespace ferry::offload

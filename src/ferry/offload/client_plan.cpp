@@ -37,14 +37,34 @@ std::vector<GroupCost> Client::costs_locked() const {
   return costs;
 }
 
+// Of pieces that are converted where they compute: what was read goes when they are.
+uint64_t Client::passing_bytes(const State& state) const {
+  uint64_t most = 0;
+  for (const Piece& piece : state.pieces) {
+    if (engine_.options_.device.is_cpu() && piece.all_converted)
+      most = std::max(most, Arena::round_up(piece.read_bytes));
+  }
+  return most;
+}
+
+uint64_t Client::smallest_locked(const std::vector<GroupCost>& costs) const {
+  uint64_t kept = 0, passing = 0;
+  for (size_t i = 0; i < states_.size(); ++i) {
+    if (!costs[i].keep_resident) continue;
+    kept += costs[i].size_bytes;
+    passing = std::max(passing, passing_bytes(*states_[i]));
+  }
+  return std::max(smallest_budget(costs), kept + passing);
+}
+
 uint64_t Client::least_budget_locked() const {
-  return engine_.held_small_ + smallest_budget(costs_locked());
+  return engine_.held_small_ + smallest_locked(costs_locked());
 }
 
 Plan Client::make_plan_locked() const {
-  const bool on_accelerator = !engine_.options_.device.is_cpu();
   const std::vector<GroupCost> costs = costs_locked();
-  const uint64_t least = engine_.held_small_ + smallest_budget(costs);
+  const uint64_t smallest = smallest_locked(costs);
+  const uint64_t least = engine_.held_small_ + smallest;
   uint64_t budget = engine_.budget_locked();
   if (budget == 0) {
     uint64_t largest = 0;
@@ -57,8 +77,8 @@ Plan Client::make_plan_locked() const {
     throw_error<BudgetError>(
         "{}: a weights budget of {} is too small: {} of small tensors stay in memory, and the "
         "largest group needs {}; give at least {}",
-        name_, format_bytes(budget), format_bytes(engine_.held_small_),
-        format_bytes(smallest_budget(costs)), format_bytes_up(least));
+        name_, format_bytes(budget), format_bytes(engine_.held_small_), format_bytes(smallest),
+        format_bytes_up(least));
   }
   PlanOptions options{.budget_bytes =
                           (budget - engine_.held_small_) / Arena::kAlignment * Arena::kAlignment};
@@ -67,7 +87,7 @@ Plan Client::make_plan_locked() const {
   if (plans_by_time_) {
     options.rates.disk_bytes_per_s = measured_[reads_packs_].disk_bytes_per_s;
     // The arena is not made anew for it, unless what changed does not fit there.
-    if (engine_.carrier_ && engine_.arena_.size_bytes() >= smallest_budget(costs))
+    if (engine_.carrier_ && engine_.arena_.size_bytes() >= smallest)
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
     options.order = order_;
     options.wrap_around = options_.wrap_around;
@@ -76,14 +96,11 @@ Plan Client::make_plan_locked() const {
   // Residents that are converted pass through the ring on their way.
   uint64_t passing = 0;
   for (size_t i = 0; i < states_.size(); ++i) {
-    if (plan.placements[i] != Placement::resident) continue;
-    for (const Piece& piece : states_[i]->pieces)
-      if (!on_accelerator && piece.all_converted)
-        passing = std::max(passing, Arena::round_up(piece.read_bytes));
+    if (plan.placements[i] == Placement::resident)
+      passing = std::max(passing, passing_bytes(*states_[i]));
   }
   if (passing > plan.arena_bytes) {
-    const uint64_t least_streamed = smallest_budget(costs);
-    if (options.budget_bytes >= passing + least_streamed) {
+    if (options.budget_bytes >= passing + smallest_budget(costs)) {
       options.budget_bytes -= passing;
       plan = make_plan(costs, options);
       plan.arena_bytes = std::max(plan.arena_bytes, passing);
@@ -233,7 +250,7 @@ void Client::report_plan_locked() {
 
 uint64_t Client::assign_host_homes_locked(uint64_t budget, bool residents) {
   auto comes_back = [&](const State& state) {
-    return residents || state.placement == Placement::streamed;
+    return options_.host_homes && (residents || state.placement == Placement::streamed);
   };
   auto bytes_of = [](const Piece& piece) {
     return (piece.all_converted ? 0 : Arena::round_up(piece.read_bytes)) +

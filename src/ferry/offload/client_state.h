@@ -22,7 +22,8 @@ struct Client::State {
   int predicted = 0;  // entries of pending_
   bool used_in_pass = false;
   double compute_s = 0;  // in this pass, from when it was leased until another was asked for
-  std::vector<uint32_t> versions;                   // of the slots when they were attached
+  std::vector<uint32_t> versions;  // of the slots when they were attached
+  Fence last_use;  // on the stream that computed with it, where it stays after its last lease
   std::chrono::steady_clock::time_point leased_at;  // of the outermost lease
 
   bool is_absent() const { return started == 0; }

@@ -71,7 +71,7 @@ class CpuCarrier final : public Carrier {
     if (piece.all_converted) context_.arena.release(*std::exchange(piece.read_at, std::nullopt));
   }
 
-  Fence fence() override { return nullptr; }
+  Fence fence() noexcept override { return nullptr; }
 
   void drop(Piece& piece, const Fence&, bool) noexcept override {
     if (piece.ticket) context_.reader.cancel(piece.ticket);

@@ -8,6 +8,7 @@
 #include <ATen/DeviceAccelerator.h>
 
 #include <algorithm>
+#include <exception>
 #include <thread>
 #include <utility>
 
@@ -34,7 +35,7 @@ class DeviceCarrier final : public Carrier {
         host_(Memory::pinned_for(context_.options.device, context_.host_memory_bytes)) {
     host_.set_ring_bytes(context_.host_memory_bytes);
     // The arena's memory belongs to the stream that was current when it was allocated.
-    fence()->block(copy_stream_);
+    record()->block(copy_stream_);
     thread_ = std::thread([this] { run(); });
   }
 
@@ -75,11 +76,14 @@ class DeviceCarrier final : public Carrier {
   }
 
   bool wait_for_staging(std::unique_lock<std::mutex>& lock) override {
+    throw_if_broken();
     if (reading_.empty() && leaving_.empty()) return false;
     const uint64_t used = host_.used_bytes();
     changed_.notify_all();
-    changed_.wait(
-        lock, [&] { return host_.used_bytes() < used || (reading_.empty() && leaving_.empty()); });
+    changed_.wait(lock, [&] {
+      return broken_ || host_.used_bytes() < used || (reading_.empty() && leaving_.empty());
+    });
+    throw_if_broken();
     return true;
   }
 
@@ -88,7 +92,8 @@ class DeviceCarrier final : public Carrier {
   }
 
   void arrive(Piece& piece, std::unique_lock<std::mutex>& lock) override {
-    changed_.wait(lock, [&] { return has_arrived(piece); });
+    changed_.wait(lock, [&] { return broken_ || has_arrived(piece); });
+    throw_if_broken();
     if (piece.error) {
       std::exception_ptr error = std::exchange(piece.error, nullptr);
       drop(piece, nullptr, false);
@@ -110,10 +115,17 @@ class DeviceCarrier final : public Carrier {
     }
   }
 
-  Fence fence() override {
-    auto event = std::make_shared<c10::Event>(context_.options.device.type());
-    event->record(guard_.getStream(context_.options.device));
-    return event;
+  Fence fence() noexcept override {
+    try {
+      return record();
+    } catch (...) {
+      broken_ = std::current_exception();
+      return nullptr;
+    }
+  }
+
+  void follow(const Fence& fence) override {
+    if (fence && !fence->query()) fence->block(guard_.getStream(context_.options.device));
   }
 
   void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept override {
@@ -152,6 +164,7 @@ class DeviceCarrier final : public Carrier {
     free_passed();
   }
 
+  uint64_t host_bytes() const override { return host_.size_bytes(); }
   uint64_t host_peak_bytes() const override { return host_.peak_bytes(); }
 
  private:
@@ -160,6 +173,16 @@ class DeviceCarrier final : public Carrier {
     Fence fence;
     std::vector<uint64_t> offsets;
   };
+
+  Fence record() {
+    auto event = std::make_shared<c10::Event>(context_.options.device.type());
+    event->record(guard_.getStream(context_.options.device));
+    return event;
+  }
+
+  void throw_if_broken() const {
+    if (broken_) std::rethrow_exception(broken_);
+  }
 
   bool reserve_host(Piece& piece) {
     auto allocate = [&](bool lasting, uint64_t bytes) {
@@ -251,20 +274,35 @@ class DeviceCarrier final : public Carrier {
     });
     std::erase_if(traced_, [&](const TracedCopy& copy) {
       if (!copy.fence->query()) return false;
-      context_.options.trace->complete("copy", copy.name, copy.began, Clock::now(), "copies",
-                                       {{"bytes", std::to_string(copy.size_bytes)}});
+      // A trace that has ended since is drawn in no more.
+      if (Trace* trace = context_.options.trace) {
+        trace->complete("copy", copy.name, copy.began, Clock::now(), "copies",
+                        {{"bytes", std::to_string(copy.size_bytes)}});
+      }
       return true;
     });
     return any;
   }
 
+  void take_in() {
+    poll();
+    if (!free_passed()) return;
+    changed_.notify_all();
+    context_.on_room();
+  }
+
   void run() {
     std::unique_lock lock(context_.mutex);
     while (!stopping_) {
-      poll();
-      if (free_passed()) {
+      try {
+        if (!broken_) take_in();
+      } catch (...) {  // the device, or the kernel: whoever waits is told
+        broken_ = std::current_exception();
         changed_.notify_all();
-        context_.on_room();
+      }
+      if (broken_) {
+        changed_.wait(lock, [&] { return stopping_; });
+        return;
       }
       const bool busy = !reading_.empty() || !leaving_.empty() || !traced_.empty();
       if (busy) {
@@ -292,6 +330,7 @@ class DeviceCarrier final : public Carrier {
   std::vector<Leaving> leaving_;
   std::vector<TracedCopy> traced_;
   std::condition_variable changed_;
+  std::exception_ptr broken_;  // what ended the thread's work, for good
   bool stopping_ = false;
   std::thread thread_;
 };

@@ -127,9 +127,12 @@ void Engine::announce(std::vector<Announced> next) {
 void Engine::set_weights_memory(uint64_t bytes) {
   HeldTurn turn(turn_);
   std::lock_guard lock(mutex_);
-  if (asked_reserved_ > 0 && bytes <= asked_reserved_) {
+  apply_reservations_locked();  // what was given back counts no longer
+  // Within a pass more may be taken still than is asked for.
+  const uint64_t reserved = std::max(reserved_, asked_reserved_);
+  if (reserved > 0 && bytes <= reserved) {
     throw_error<BudgetError>("a weights budget of {} is too small: {} of it are reserved",
-                             format_bytes(bytes), format_bytes(asked_reserved_));
+                             format_bytes(bytes), format_bytes(reserved));
   }
   const uint64_t before = std::exchange(options_.weights_memory_bytes, bytes);
   try {
@@ -196,14 +199,16 @@ void Engine::drop_everything_locked() {
 
 // Frees the arena and what carries into it, once nothing is held there.
 void Engine::drop_memory_locked() {
-  if (!carrier_ || arena_.used_bytes() > 0) return;
-  carrier_->synchronize();
-  report_.host_peak_bytes = std::max(report_.host_peak_bytes, carrier_->host_peak_bytes());
-  std::unique_ptr<Carrier> carrier = std::move(carrier_);
-  // Its thread ends when it sees that it is not wanted, which takes the mutex.
-  mutex_.unlock();
-  carrier.reset();
-  mutex_.lock();
+  if (arena_.used_bytes() > 0) return;
+  if (carrier_) {
+    carrier_->synchronize();
+    report_.host_peak_bytes = std::max(report_.host_peak_bytes, carrier_->host_peak_bytes());
+    std::unique_ptr<Carrier> carrier = std::move(carrier_);
+    // Its thread ends when it sees that it is not wanted, which takes the mutex.
+    mutex_.unlock();
+    carrier.reset();
+    mutex_.lock();
+  }
   arena_ = Arena();
 }
 
@@ -222,22 +227,58 @@ uint64_t Engine::wanted_arena_locked() const {
   return std::min(wanted, allowed_arena_locked());
 }
 
+bool Engine::holds_all_locked() const {
+  uint64_t together = 0;
+  for (const Client* client : clients_) together += client->plan_.peak_bytes();
+  return together <= arena_.size_bytes();
+}
+
+uint64_t Engine::host_memory_locked(uint64_t staging, uint64_t all_homes) const {
+  if (options_.device.is_cpu()) return 0;
+  if (options_.host_memory_bytes == 0) return staging;
+  if (options_.host_memory_bytes == EngineOptions::kAllWeights) return all_homes + staging;
+  return options_.host_memory_bytes;
+}
+
+bool Engine::is_leased_locked() const {
+  return std::any_of(clients_.begin(), clients_.end(), [](const Client* client) {
+    return std::any_of(client->states_.begin(), client->states_.end(),
+                       [](const auto& state) { return state->leases > 0; });
+  });
+}
+
 void Engine::prepare_memory_locked() {
+  constexpr uint64_t kStaging = 256ull << 20;
   uint64_t largest_read = 0;
-  uint64_t all_read = 0;
+  uint64_t all_read = 0, all_homes = 0;
   for (Client* client : clients_) {
     client->refresh_plan_locked();
     for (const auto& state : client->states_) {
       for (const Piece& piece : state->pieces) {
         const uint64_t bytes = piece.arriving_footprint(/*on_accelerator=*/false);
         largest_read = std::max(largest_read, bytes);
+        if (client->options_.host_homes) all_homes += bytes;
         all_read += bytes;
       }
     }
   }
   const uint64_t wanted = wanted_arena_locked();
   const uint64_t allowed = budget_locked() == 0 ? wanted : allowed_arena_locked();
-  if (carrier_ && arena_.size_bytes() >= wanted && arena_.size_bytes() <= allowed) return;
+  const uint64_t staging = std::max(2 * largest_read, std::min(kStaging, all_read));
+  const uint64_t host = host_memory_locked(staging, all_homes);
+  if (!options_.device.is_cpu() && host < largest_read) {
+    throw_error<BudgetError>(
+        "a host memory budget of {} is too small: the largest piece passes through {} of it",
+        format_bytes(host), format_bytes_up(largest_read));
+  }
+  if (carrier_ && arena_.size_bytes() >= wanted && arena_.size_bytes() <= allowed) {
+    // A component that came later may want more of host memory, or homes there.
+    const bool is_new =
+        host > staging && std::any_of(clients_.begin(), clients_.end(),
+                                      [](const Client* c) { return !c->laid_out_; });
+    const bool serves = options_.device.is_cpu() || carrier_->host_bytes() >= largest_read;
+    if (serves && ((!is_new && carrier_->host_bytes() >= host) || is_leased_locked())) return;
+  }
   for (Client* client : clients_) client->drop_all_locked();
   drop_memory_locked();
   if (carrier_) {
@@ -254,22 +295,13 @@ void Engine::prepare_memory_locked() {
     carrier_ = make_cpu_carrier(std::move(context));
     return;
   }
-  constexpr uint64_t kStaging = 256ull << 20;
-  const uint64_t staging = std::max(2 * largest_read, std::min(kStaging, all_read));
-  context.host_memory_bytes = options_.host_memory_bytes;
-  if (options_.host_memory_bytes == 0) context.host_memory_bytes = staging;
-  if (options_.host_memory_bytes == EngineOptions::kAllWeights)
-    context.host_memory_bytes = all_read + staging;
-  if (context.host_memory_bytes < largest_read) {
-    throw_error<BudgetError>(
-        "a host memory budget of {} is too small: the largest piece passes through {} of it",
-        format_bytes(context.host_memory_bytes), format_bytes_up(largest_read));
-  }
+  context.host_memory_bytes = host;
   uint64_t homes = context.host_memory_bytes - std::min(context.host_memory_bytes, staging);
-  uint64_t together = 0;
-  for (const Client* client : clients_) together += client->plan_.peak_bytes();
-  const bool take_turns = together > arena_.size_bytes();
-  for (Client* client : clients_) homes -= client->assign_host_homes_locked(homes, take_turns);
+  const bool take_turns = !holds_all_locked();
+  for (Client* client : clients_) {
+    homes -= client->assign_host_homes_locked(homes, take_turns);
+    client->laid_out_ = true;
+  }
   carrier_ = make_device_carrier(std::move(context));
 }
 

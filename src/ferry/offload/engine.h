@@ -85,6 +85,8 @@ struct ClientOptions {
   bool wrap_around = true;
   // Off brings each group of this component when it is leased.
   bool read_ahead = true;
+  // Off keeps none of its groups in host memory, whatever room there is.
+  bool host_homes = true;
   // The groups in the order in which a pass is expected to lease them; empty: each once, in order.
   std::vector<size_t> first_order = {};
   // The device that slots name while their group is away. Default: where compute happens.
@@ -201,6 +203,10 @@ class Engine {
   // The arena for the plans as they are, and the largest that the budget allows.
   uint64_t wanted_arena_locked() const;
   uint64_t allowed_arena_locked() const;
+  // Whether no component has to make room for another.
+  bool holds_all_locked() const;
+  // Pinned host memory, given what staging needs and what homes for all groups would take.
+  uint64_t host_memory_locked(uint64_t staging, uint64_t all_homes) const;
   void drop_memory_locked();
   // What weights may take now; 0: as little as each component can do with.
   uint64_t budget_locked() const { return options_.weights_memory_bytes - reserved_; }
@@ -209,6 +215,7 @@ class Engine {
   // Between passes: what was reserved or given back since the last one.
   void apply_reservations_locked();
   bool pass_is_running_locked() const;
+  bool is_leased_locked() const;
   void drop_everything_locked();
   // A smaller budget from here on, since the device has no more memory.
   void shrink_locked(uint64_t budget);
@@ -287,6 +294,9 @@ class Client {
   void release(size_t group) noexcept;
   void load_small_slots(std::vector<weights::BoundSlot> small);
   std::vector<GroupCost> costs_locked() const;
+  uint64_t passing_bytes(const State& state) const;
+  // The least that the groups need, beside small tensors.
+  uint64_t smallest_locked(const std::vector<GroupCost>& costs) const;
   // The least budget with which it can be streamed, with the small tensors of all components.
   uint64_t least_budget_locked() const;
   Plan make_plan_locked() const;
@@ -336,6 +346,8 @@ class Client {
   // Writes the group's weights as they are now to a file of their own, which is their source from
   // then on. The group is absent afterwards.
   void save_changed_locked(State& state);
+  // Where that failed: rather in memory of their own than lost. The group is absent afterwards.
+  void hold_changed_locked(State& state) noexcept;
 
   Engine& engine_;
   std::string name_;
@@ -365,6 +377,7 @@ class Client {
   std::vector<size_t> recording_;
   int pass_depth_ = 0;
   bool plan_is_stale_ = true;  // also where a group that changed needs more room than it did
+  bool laid_out_ = false;      // its groups have been given their homes in host memory
   uint64_t planned_room_ = 0;
   size_t followers_ = 0;
   bool following_ = false;

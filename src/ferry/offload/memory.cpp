@@ -56,8 +56,15 @@ Memory Memory::pinned_for(at::Device device, uint64_t size_bytes) {
   Memory memory;
   memory.size_ = size_bytes;
   try {
-    memory.bytes_ = at::empty({static_cast<int64_t>(size_bytes + kPage)},
-                              at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+    auto pinned = [](uint64_t bytes) {
+      return at::empty({static_cast<int64_t>(bytes)},
+                       at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+    };
+    // On a page's boundary as a rule. (CUDA's allocator takes the next power of two: a page more
+    // than one would be twice as much.)
+    memory.bytes_ = pinned(size_bytes);
+    if (reinterpret_cast<uintptr_t>(memory.bytes_.mutable_data_ptr()) % kPage != 0)
+      memory.bytes_ = pinned(size_bytes + kPage);
     memory.pinned_ = true;
   } catch (const c10::Error& error) {
     log_pageable_once(size_bytes, error.what_without_backtrace());
