@@ -44,8 +44,8 @@ class CallPoint:
         self._around = None if around is None else untraced(around)
         self._attached = True
         self._inside = 0
-        self._before: dict[str, tuple[bool, Any]] = {}
-        self._wrappers: dict[str, list[Callable]] = {}  # of each the newest last
+        # Of each name the newest last: the wrapper, and what was the module's own before it, if any.
+        self._wrappers: dict[str, list[tuple[Callable, Any]]] = {}
         if around is not None:
             for name in ("forward", *entries):
                 self._wrap_call(name)
@@ -54,12 +54,7 @@ class CallPoint:
             self._wrap_held("_load_from_state_dict", lease)
             self._wrap_state_dict(lease)
 
-    def _remember(self, name: str) -> None:
-        own = self.module.__dict__
-        self._before.setdefault(name, (name in own, own.get(name)))
-
     def _wrap_call(self, name: str) -> None:
-        self._remember(name)
         inner = getattr(self.module, name)
 
         def guarded(*args, **kwargs):
@@ -81,11 +76,11 @@ class CallPoint:
         self._put(name, untraced(wrapper))
 
     def _put(self, name: str, wrapper: Callable) -> None:
-        self._wrappers.setdefault(name, []).append(wrapper)
-        self.module.__dict__[name] = wrapper
+        own = self.module.__dict__
+        self._wrappers.setdefault(name, []).append((wrapper, own.get(name)))
+        own[name] = wrapper
 
     def _wrap_held(self, name: str, lease: Callable[[], AbstractContextManager]) -> None:
-        self._remember(name)
         inner = getattr(self.module, name)
 
         @functools.wraps(inner)
@@ -98,7 +93,6 @@ class CallPoint:
         self._put(name, wrapper)
 
     def _wrap_state_dict(self, lease: Callable[[], AbstractContextManager]) -> None:
-        self._remember("_save_to_state_dict")
         inner = self.module._save_to_state_dict
 
         # What streams is gone after the lease, so a state dict gets copies.
@@ -120,15 +114,17 @@ class CallPoint:
         """Goes around hooks that were added since."""
         if self._around is None:
             return
-        if self.module.__dict__.get("forward") is not self._wrappers["forward"][-1]:
+        if self.module.__dict__.get("forward") is not self._wrappers["forward"][-1][0]:
             self._wrap_call("forward")
 
     def detach(self) -> None:
         self._attached = False  # where others have wrapped the wrapper, it lets calls through
-        for name, (had, value) in self._before.items():
-            if not any(self.module.__dict__.get(name) is one for one in self._wrappers[name]):
-                continue
-            if had:
-                self.module.__dict__[name] = value
-            else:
-                del self.module.__dict__[name]
+        own = self.module.__dict__
+        for name, wrappers in self._wrappers.items():
+            for wrapper, before in reversed(wrappers):
+                if own.get(name) is not wrapper:
+                    continue
+                if before is not None:
+                    own[name] = before
+                else:
+                    del own[name]

@@ -54,17 +54,23 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
                 offloading.remove()
             return of
 
+    placed: dict[int, Any] = {}
     for module in modules:
         registry = HookRegistry.check_if_exists_or_initialize(module)
         registry.register_hook(FerryGroupOffloadingHook(module is modules[0]), _NAME)
+        placed[id(module)] = module.__dict__.get("forward")
 
     def unmark() -> None:
         for module in modules:
             registry = HookRegistry.check_if_exists_or_initialize(module)
             hook = registry.get_hook(_NAME)
+            # Where its hook is the registry's last one, removing it drops what others put around it.
+            around = module.__dict__.get("forward")
             if isinstance(hook, FerryGroupOffloadingHook) and not hook.is_leaving:
                 hook.root = False
                 registry.remove_hook(_NAME, recurse=False)
+                if around is not placed[id(module)]:
+                    module.forward = around
             # The registry leaves the bound method it found.
             own = module.__dict__.get("forward")
             if getattr(own, "__func__", None) is type(module).forward:

@@ -255,6 +255,32 @@ def test_layerwise_casting_over_offloading():
     assert made.report()["changed"] == changed
 
 
+@torch.no_grad()
+def test_hooks_that_came_later_outlast_offloading():
+    from diffusers.hooks import apply_layerwise_casting
+
+    net, x = make(), input_of()
+    apply_layerwise_casting(net, torch.float8_e4m3fn, torch.float32)
+    expected = net(x)
+    late = make()
+    ferry.apply_group_offloading(late, "cpu", **small("leaf_level"))
+    apply_layerwise_casting(late, torch.float8_e4m3fn, torch.float32)
+    layer, seen = late.blocks[2].proj_in, []
+    inner = layer.forward
+
+    def spy(*args):
+        seen.append(layer.weight.dtype)
+        return inner(*args)
+
+    layer.forward = spy
+    late(x)  # ferry goes around them
+    seen.clear()
+    ferry.remove(late)
+    assert torch.equal(late(x), expected)
+    assert late.linear_1.weight.dtype == torch.float8_e4m3fn
+    assert layer.forward is spy and len(seen) == 1
+
+
 def test_memory_does_not_grow_in_200_steps():
     net, x = make(width=256, blocks=6), input_of(width=256)
     made = ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("block_level"))
