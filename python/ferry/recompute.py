@@ -105,8 +105,15 @@ class _Recompute(torch.autograd.Function):
                 for out, grad in zip(outputs, gradients, strict=True)
                 if out.requires_grad and grad is not None
             ]
-            if wanted:
+            if wanted and torch.autograd._is_checkpoint_valid():
                 torch.autograd.backward(*map(list, zip(*wanted)))
+            elif wanted:
+                # Within autograd.grad() or backward(inputs=...): parameters keep the .grad they have.
+                asked = [t for t in inputs if t.requires_grad]
+                outs, grads = map(list, zip(*wanted))
+                found = torch.autograd.grad(outs, asked, grads, allow_unused=True) if asked else ()
+                for tensor, gradient in zip(asked, found, strict=True):
+                    tensor.grad = gradient
         return (None, None, *(t.grad for t in inputs))
 
 

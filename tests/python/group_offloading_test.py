@@ -186,6 +186,18 @@ def test_gradients_equal_the_resident_ones(kind):
     made.remove()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_asked_for_is_the_only_one(kind):
+    resident, streamed = make(), make()
+    ferry.apply_group_offloading(streamed, "cpu", use_stream=True, **small(kind))
+    gradients = []
+    for net in (resident, streamed):
+        x = input_of().requires_grad_()
+        gradients.append(torch.autograd.grad(net(x).square().sum(), x)[0])
+        assert x.grad is None and all(p.grad is None for p in net.parameters())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @torch.no_grad()
 def test_an_error_in_forward_leaves_nothing_leased():
     net, x = make(), input_of()
