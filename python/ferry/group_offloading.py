@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -195,7 +195,9 @@ class GroupOffloading:
                 self._points.append(
                     CallPoint(
                         lease.module,
-                        self._leased(lease.groups, lease.module),
+                        self._leased(
+                            lambda groups=lease.groups: self._client.lease(groups), lease.module
+                        ),
                         lambda groups=lease.groups: self._client.lease(groups),
                     )
                 )
@@ -230,24 +232,25 @@ class GroupOffloading:
             return args, kwargs | _send(moved, self._device)
         return args, _send(kwargs, self._device)
 
-    def _leased(self, groups: list[int], module: nn.Module) -> Callable:
-        client = self._client
-
+    def _leased(self, hold: Callable[[], AbstractContextManager], module: nn.Module) -> Callable:
         def around(forward: Callable, args: tuple, kwargs: dict) -> Any:
             args, kwargs = self._moved(args, kwargs)
             if wants_recompute(module, args, kwargs):
-                return run_recomputed(forward, lambda: client.lease(groups), args, kwargs)
-            held = client.lease(groups)
-            try:
+                return run_recomputed(forward, hold, args, kwargs)
+            with hold():
                 return forward(*args, **kwargs)
-            finally:
-                held.release()
 
         return around
 
     def _pass(self, root: nn.Module, groups: list[int], recomputes: bool) -> Callable:
         client = self._client
-        leased = untraced(self._leased(groups, root)) if groups and recomputes else None
+
+        @contextmanager
+        def hold() -> Iterator[None]:
+            with client.lease(groups), self._bringing_read():
+                yield
+
+        leased = untraced(self._leased(hold, root)) if groups and recomputes else None
 
         def around(forward: Callable, args: tuple, kwargs: dict) -> Any:
             args, kwargs = self._moved(args, kwargs)
@@ -255,12 +258,11 @@ class GroupOffloading:
             client.begin_pass()
             completed = False
             try:
-                with self._bringing_read():
-                    if leased is not None:
-                        output = leased(forward, args, kwargs)
-                    else:
-                        with client.lease(groups):
-                            output = forward(*args, **kwargs)
+                if leased is not None:
+                    output = leased(forward, args, kwargs)
+                else:
+                    with hold():
+                        output = forward(*args, **kwargs)
                 completed = True
                 return output
             finally:
@@ -272,18 +274,20 @@ class GroupOffloading:
     def _bringing_read(self) -> Iterator[None]:
         """Holds the root's own few numbers where it computes. Waits for the device only where they were
         changed."""
+        idle = self.config.idle_device
         brought = []
         try:
             for tensor in self._read:
-                idle = tensor.data
-                tensor.data = idle.to(self._device)
-                # In a graph it stays where its gradient will be.
-                if not (tensor.requires_grad and torch.is_grad_enabled()):
-                    brought.append((tensor, idle, tensor._version))
+                before = tensor.data
+                tensor.data = before.to(self._device)
+                # A graph may have kept it: it stays until a call without one, or with its gradient.
+                if not torch.is_grad_enabled() and tensor.grad is None:
+                    brought.append((tensor, before, tensor._version))
             yield
         finally:
-            for tensor, idle, version in brought:
-                tensor.data = idle if tensor._version == version else tensor.data.to(idle.device)
+            for tensor, before, version in brought:
+                unchanged = tensor._version == version and before.device == idle
+                tensor.data = before if unchanged else tensor.data.to(idle)
 
     @torch.compiler.disable
     def _adopt_new(self, root: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ferry_fake  # before anything asks torch for accelerators
 import pytest
 import torch
-from offload_nets import identities, input_of, make
+from offload_nets import Net, identities, input_of, make
 from torch import nn
 
 import ferry
@@ -125,3 +125,37 @@ def test_gradients():
             torch.testing.assert_close(
                 b.grad.cpu(), a.grad, rtol=1e-5, atol=1e-5 * a.grad.abs().max().item()
             )
+
+
+class _OwnWeight(nn.Module):
+    """A root that computes with a large parameter of its own, and with a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(128, 128))
+        self.gain = nn.Parameter(torch.randn(128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.weight) * self.gain
+
+
+@pytest.mark.parametrize("cls", [Net, _OwnWeight])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_through_the_roots_own_numbers(cls, frozen):
+    resident, streamed = make(cls).requires_grad_(not frozen), make(cls).requires_grad_(not frozen)
+    made = ferry.apply_group_offloading(streamed, "fake", use_stream=True, **KINDS["leaf_level"])
+    x, y = input_of().requires_grad_(), input_of().requires_grad_()
+    resident(x).square().sum().backward()
+    streamed(y).square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad)
+    for (name, a), b in zip(resident.named_parameters(), streamed.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad.cpu(), a.grad)
+    streamed.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(streamed(x).cpu(), resident(x))
+    assert streamed.gain.device.type == "cpu"
+    made.remove()
+    with torch.no_grad():
+        assert torch.equal(streamed(x), resident(x))
