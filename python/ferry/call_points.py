@@ -7,6 +7,7 @@ error ends the call is seen. It is kept outermost: hooks that others add later r
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +21,12 @@ __all__ = ["CallPoint", "untraced"]
 def untraced(function: Callable) -> Callable:
     """The function as torch.compile leaves it; what it calls is compiled."""
     return torch._dynamo.disable(function, recursive=False)
+
+
+class _Inside(threading.local):
+    """How many calls through a module the thread is in."""
+
+    calls = 0
 
 
 class CallPoint:
@@ -43,7 +50,7 @@ class CallPoint:
         self.module = module
         self._around = None if around is None else untraced(around)
         self._attached = True
-        self._inside = 0
+        self._inside = _Inside()
         # Of each name the newest last: the wrapper, and what was the module's own before it, if any.
         self._wrappers: dict[str, list[tuple[Callable, Any]]] = {}
         if around is not None:
@@ -58,18 +65,18 @@ class CallPoint:
         inner = getattr(self.module, name)
 
         def guarded(*args, **kwargs):
-            self._inside += 1
+            self._inside.calls += 1
             try:
                 return inner(*args, **kwargs)
             finally:
-                self._inside -= 1
+                self._inside.calls -= 1
 
         guarded = untraced(guarded)
 
         @functools.wraps(inner)
         def wrapper(*args, **kwargs):
             # Inside: a wrapper that was once outermost, or a module that calls itself.
-            if self._inside or not self._attached:
+            if self._inside.calls or not self._attached:
                 return inner(*args, **kwargs)
             return self._around(guarded, args, kwargs)
 

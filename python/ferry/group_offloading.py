@@ -254,10 +254,10 @@ class GroupOffloading:
 
         def around(forward: Callable, args: tuple, kwargs: dict) -> Any:
             args, kwargs = self._moved(args, kwargs)
-            self._adopt_new(root)
-            client.begin_pass()
+            client.begin_pass()  # from here on it is this thread's turn
             completed = False
             try:
+                self._adopt_new(root)
                 if leased is not None:
                     output = leased(forward, args, kwargs)
                 else:

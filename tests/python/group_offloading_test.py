@@ -6,6 +6,8 @@ import copy
 import gc
 import glob
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
 
 import pytest
 import torch
@@ -207,6 +209,33 @@ def test_an_error_in_forward_leaves_nothing_leased():
         net(x[:, :5])
     assert net.blocks[0].proj_in.weight.isnan().all()
     assert torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_threads_take_turns():
+    net, layer_input = make(), input_of(seed=99)
+    layer = net.blocks[1].proj_in
+    inputs = [input_of(seed=seed) for seed in range(8)]
+    expected = [net(x) for x in inputs]
+    expected_of_layer = layer(layer_input)
+    inner, others, first_is_done = layer.forward, [], Event()
+
+    def slow(x):
+        if not others:
+            others.append(pool.submit(torch.no_grad()(layer), layer_input))
+            wait(others, timeout=0.3)
+        if x is layer_input:
+            first_is_done.wait(10)
+        return inner(x)
+
+    layer.forward = slow
+    ferry.apply_group_offloading(net, "cpu", use_stream=True, **small("leaf_level"))
+    with ThreadPoolExecutor(2) as pool:
+        assert torch.equal(net(inputs[0]), expected[0])
+        first_is_done.set()
+        # It came while the layer ran, and leases the weights itself.
+        assert torch.equal(others[0].result(), expected_of_layer)
+        assert all(map(torch.equal, pool.map(torch.no_grad()(net), inputs), expected))
 
 
 @torch.inference_mode()
