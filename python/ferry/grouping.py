@@ -35,6 +35,11 @@ class Lease:
 _READ_BELOW = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
+def _reads_below(module: nn.Module) -> bool:
+    # diffusers says so of models that do it somewhere within.
+    return isinstance(module, _READ_BELOW) or not getattr(module, "_supports_group_offloading", True)
+
+
 def _called(module: nn.Module) -> Iterator[nn.Module]:
     """The module, or of a container that cannot be called (``nn.Module()``, a ModuleList) those in it
     that can."""
@@ -84,12 +89,12 @@ class Grouping:
         self._group_of: dict[int, int] = {}
         self.excluded = self._find_excluded(exclude)
         self._stay = self.excluded | set(stay)
-        if offload_type == "leaf_level":
+        if offload_type == "leaf_level" or _reads_below(root):
             whole: list[str] = []
             for name, module in self.modules.items():
                 if any(is_below(name, one) for one in whole):
                     continue
-                if isinstance(module, _READ_BELOW):
+                if _reads_below(module):
                     whole.append(name)
                     self._add_leaf(name, module, self._keys_below([module]))
                 else:
@@ -101,7 +106,9 @@ class Grouping:
         for lease in self.leases:
             lease.groups.sort()
             if lease.module is root:
-                lease.recomputes = any(key in self._group_of for key in self._own[id(root)])
+                lease.recomputes = _reads_below(root) or any(
+                    key in self._group_of for key in self._own[id(root)]
+                )
 
     def groups_of(self, module: nn.Module) -> list[int]:
         """The groups that hold the module's own slots."""
@@ -138,7 +145,7 @@ class Grouping:
         others = {self._group_of[key] for key in keys if key in self._group_of}
         own = self._take(keys)
         if own:
-            whole = isinstance(module, _READ_BELOW)
+            whole = _reads_below(module)
             outlasts = bool(others) or (not whole and any(True for _ in module.children()))
             self.groups.append(Group(name or "(root)", own, keep_resident=outlasts))
             others.add(len(self.groups) - 1)

@@ -69,6 +69,7 @@ class _Call:
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, _anchor: torch.Tensor, *tensors: torch.Tensor):
+        ctx.set_materialize_grads(False)  # an output that nothing uses is not gone through
         ctx.call = call
         ctx.cpu_state = torch.get_rng_state()
         ctx.device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")

@@ -439,3 +439,51 @@ def test_blocks_that_are_never_called():
     assert {"stages.0", "stages.2", "pairs.1"} <= set(names)
     for _ in range(3):
         assert torch.equal(net(x), expected)
+
+
+def _vq_model() -> nn.Module:
+    from diffusers import VQModel
+
+    return VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        num_vq_embeddings=2000,
+    )
+
+
+def _oobleck() -> nn.Module:
+    from diffusers import AutoencoderOobleck
+
+    return AutoencoderOobleck(
+        encoder_hidden_size=64,
+        downsampling_ratios=[2, 4, 4],
+        channel_multiples=[1, 2, 4],
+        decoder_channels=32,
+        decoder_input_channels=32,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls, size", [(_vq_model, (1, 3, 16, 16)), (_oobleck, (1, 2, 64))])
+def test_models_that_diffusers_does_not_offload_in_groups(cls, size, kind):
+    """They read weights outside of the forward of the module that has them."""
+    resident, streamed = make(cls), make(cls)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(ValueError, match="does not support group offloading"):
+        streamed.enable_group_offload("cpu", **small(kind))
+    made = ferry.apply_group_offloading(streamed, "cpu", use_stream=True, **small(kind))
+    assert len(made.report()["plan"]["groups"]) == 1
+    results = []
+    for net in (resident, streamed):
+        with torch.no_grad():
+            latents = net.encode(x)[0]
+            latents = latents if isinstance(latents, torch.Tensor) else latents.mode()
+            outputs = [latents, net.decode(latents).sample, net(x).sample]
+        net.decode(latents).sample.square().sum().backward()
+        results.append(outputs + [p.grad for p in net.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1]) > 3
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a)
+    made.remove()
