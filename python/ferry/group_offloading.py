@@ -104,7 +104,10 @@ class GroupOffloading:
         self._root = weakref.ref(root)
         self._device = config.onload_device
         self._points: list[CallPoint] = []
-        self._exclude_kwargs = frozenset(config.exclude_kwargs or ())
+        exclude_kwargs = config.exclude_kwargs
+        if exclude_kwargs is None:
+            exclude_kwargs = getattr(root, "_skip_keys", None)
+        self._exclude_kwargs = frozenset(exclude_kwargs or ())
         self._on_remove: list[Callable[[], None]] = []
 
         leave_inference_mode(root)

@@ -7,8 +7,11 @@ computes anew, as a reentrant checkpoint does (torch.utils.checkpoint.Checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +32,45 @@ def wants_recompute(module: torch.nn.Module, args: tuple, kwargs: dict) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+# Of what pytree takes apart, what a module can change in place.
+_CONTAINERS = (list, dict, OrderedDict, defaultdict)
+
+
+def _containers(value: Any) -> Iterator[list | dict]:
+    """The lists and dicts in what is handed to a module, each before those in it."""
+    if type(value) in _CONTAINERS:
+        yield value
+    elif not isinstance(value, tuple):
+        return
+    for one in value.values() if isinstance(value, dict) else value:
+        yield from _containers(one)
+
+
+def _contents(container: list | dict) -> list | dict:
+    return list(container) if isinstance(container, list) else dict(container)
+
+
+def _is_changed(container: list | dict, before: list | dict) -> bool:
+    if isinstance(container, dict):
+        if list(container) != list(before):
+            return True
+        container, before = list(container.values()), list(before.values())
+    return len(container) != len(before) or any(map(operator.is_not, container, before))
+
+
+@dataclass
+class _Given:
+    """Stands for a container that the call was given."""
+
+    index: int
+
+
 class _Call:
-    """One call: how to run it again, and what it needs to give the same."""
+    """One call: how to run it again, and what it needs to give the same.
+
+    Each run is given lists and dicts of its own, as they were at the call. What it changes in them
+    is a part of what it returns, so that the caller's are changed to tensors of the graph.
+    """
 
     def __init__(
         self,
@@ -44,26 +84,44 @@ class _Call:
         self.leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         self.spec = spec
-        self.out_spec: pytree.TreeSpec | None = None
-        self.out_leaves: list[Any] = []
-        self.out_places: list[int] = []
+        self.returned: tuple[list[Any], list[int], pytree.TreeSpec] | None = None
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        given = list(_containers((args, *kwargs.values())))
+        index_of = {id(one): _Given(i) for i, one in enumerate(given)}
+        before = [_contents(one) for one in given]
         output = self.forward(*args, **kwargs)
-        out_leaves, self.out_spec = pytree.tree_flatten(output)
-        self.out_places = [i for i, x in enumerate(out_leaves) if isinstance(x, torch.Tensor)]
-        self.out_leaves = [None if isinstance(x, torch.Tensor) else x for x in out_leaves]
-        return [out_leaves[i] for i in self.out_places]
+        changed = {
+            i: _contents(one) for i, one in enumerate(given) if _is_changed(one, before[i])
+        }
+        leaves, spec = pytree.tree_flatten((output, changed), is_leaf=lambda x: id(x) in index_of)
+        leaves = [index_of.get(id(leaf), leaf) for leaf in leaves]
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaves[i] for i in places]
+        for i in places:
+            leaves[i] = None
+        self.returned = (leaves, places, spec)
+        return outputs
 
-    def rebuild(self, outputs: tuple[torch.Tensor, ...]) -> Any:
-        leaves = list(self.out_leaves)
-        for place, tensor in zip(self.out_places, outputs, strict=True):
+    def rebuild(self, outputs: tuple[torch.Tensor, ...], given: list[list | dict]) -> Any:
+        """What the call returns. Changes the caller's containers as the run changed its own."""
+        leaves, places, spec = self.returned
+        leaves = [given[leaf.index] if isinstance(leaf, _Given) else leaf for leaf in leaves]
+        for place, tensor in zip(places, outputs, strict=True):
             leaves[place] = tensor
-        return pytree.tree_unflatten(leaves, self.out_spec)
+        self.returned = None
+        output, changed = pytree.tree_unflatten(leaves, spec)
+        for i, contents in changed.items():
+            given[i].clear()
+            if isinstance(contents, list):
+                given[i].extend(contents)
+            else:
+                given[i].update(contents)
+        return output
 
 
 class _Recompute(torch.autograd.Function):
@@ -146,4 +204,4 @@ def run_recomputed(
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     # The anchor makes a node also where only parameters want gradients.
     outputs = _Recompute.apply(call, torch.empty(0, requires_grad=True), *tensors)
-    return call.rebuild(outputs)
+    return call.rebuild(outputs, list(_containers((args, *kwargs.values()))))

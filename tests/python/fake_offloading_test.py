@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import ferry_fake  # before anything asks torch for accelerators
 import pytest
 import torch
@@ -159,3 +161,27 @@ def test_gradients_through_the_roots_own_numbers(cls, frozen):
     made.remove()
     with torch.no_grad():
         assert torch.equal(streamed(x), resident(x))
+
+
+class _Skipping(nn.Module):
+    _skip_keys: ClassVar[list[str]] = ["cache"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor, cache: list) -> torch.Tensor:
+        cache.append(self.linear(x))
+        return cache[-1]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_module_skips_is_not_sent(grad):
+    net = make(_Skipping)
+    ferry.apply_group_offloading(net, "fake", **KINDS["leaf_level"])
+    on_cpu = torch.zeros(1)
+    cache = [on_cpu]
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            net(input_of(), cache=cache)
+    assert len(cache) == 3 and cache[0] is on_cpu and cache[2].device.type == "fake"

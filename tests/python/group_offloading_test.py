@@ -200,6 +200,64 @@ def test_a_gradient_that_is_asked_for_is_the_only_one(kind):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def _wan() -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_that_modules_change_in_place(kind):
+    """AutoencoderKLWan hands on what a chunk of frames leaves to the next one, with its gradient."""
+    resident, streamed = make(_wan), make(_wan)
+    ferry.apply_group_offloading(streamed, "cpu", use_stream=True, **small(kind))
+    x = torch.randn(1, 3, 9, 16, 16, generator=torch.Generator().manual_seed(3))
+    for net in (resident, streamed):
+        net.output = net(x).sample
+        net.output.square().sum().backward()
+    torch.testing.assert_close(streamed.output, resident.output)
+    for (name, a), b in zip(resident.named_parameters(), streamed.parameters(), strict=True):
+        torch.testing.assert_close(
+            b.grad, a.grad, rtol=1e-4, atol=1e-5 * a.grad.abs().max().item(), msg=lambda m: f"{name}: {m}"
+        )
+
+
+class _Changing(nn.Module):
+    """Changes what it is given in all ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(128))
+
+    def forward(self, x, log, state):
+        x = x * self.weight
+        log.append(x.sum())
+        state["seen"] = state.get("seen", 0) + 1
+        state["inner"][0] = log
+        state["inner"].append(None)
+        return x, log
+
+
+def test_containers_stay_the_same_objects():
+    results = []
+    for offloaded in (False, True):
+        net = make(_Changing)
+        if offloaded:
+            ferry.apply_group_offloading(net, "cpu", offload_type="leaf_level")
+        log, state = [], {"inner": [torch.zeros(1)], "kept": []}
+        inner, kept = state["inner"], state["kept"]
+        for _ in range(2):
+            y, same = net(input_of(), log, state)
+            assert same is log and state["inner"] is inner and inner[0] is log and state["kept"] is kept
+        assert len(log) == 2 and state["seen"] == 2 and len(inner) == 3
+        sum(log).backward()
+        results.append(net.weight.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+
 @torch.no_grad()
 def test_an_error_in_forward_leaves_nothing_leased():
     net, x = make(), input_of()
