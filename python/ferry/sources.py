@@ -23,15 +23,26 @@ class _Mapping:
     def __init__(self, line: str):
         fields = line.rstrip("\n").split(maxsplit=5)
         self.begin, self.end = (int(x, 16) for x in fields[0].split("-"))
+        self.permissions = fields[1]
         self.offset = int(fields[2], 16)
         self.inode = int(fields[4])
         self.path = fields[5] if len(fields) > 5 else ""
 
 
 def _file_mappings() -> list[_Mapping]:
+    """Mappings whose bytes are their file's and stay so, by address.
+
+    Names tell nothing: the hub's cache keeps its files without an extension. Programs and libraries are
+    none, nor what writing to memory would change in the file (shared memory, pinned memory of a driver).
+    """
     with open("/proc/self/maps") as maps:
         mappings = [_Mapping(line) for line in maps]
-    return [m for m in mappings if m.inode and m.path.endswith((".safetensors", ".gguf"))]
+    programs = {m.path for m in mappings if "x" in m.permissions}
+    return [
+        m
+        for m in mappings
+        if m.inode and m.path not in programs and not ("w" in m.permissions and "s" in m.permissions)
+    ]
 
 
 def _is_untouched(pagemap, begin: int, end: int) -> bool:
@@ -51,7 +62,7 @@ def _is_untouched(pagemap, begin: int, end: int) -> bool:
 
 
 def mapped_sources(slots: Mapping[int, Slot]) -> dict[int, _C.StoredTensor]:
-    """Places in files of the weights that are file mappings, unchanged.
+    """Places in files of the weights that are file mappings, unchanged; any file will do.
 
     ``from_pretrained`` of diffusers and transformers maps safetensors files and, where no cast is
     wanted, makes parameters of the mapping: their bytes are the file's by definition. Weights that

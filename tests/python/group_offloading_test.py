@@ -122,6 +122,50 @@ def test_mapped_weights_are_read_from_their_file(tmp_path):
 
 
 @torch.no_grad()
+def test_weights_of_the_hubs_cache_are_read_from_their_file(tmp_path):
+    """Its files are named by their hash, and a snapshot links to them."""
+    from safetensors.torch import load_file, save_file
+
+    net, x = make(), input_of()
+    weights = {k: v.clone() for k, v in net.state_dict().items() if k != "linear_2.weight"}
+    expected = net(x)
+    save_file(weights, tmp_path / "0a1b2c")
+    (tmp_path / "model.safetensors").symlink_to("0a1b2c")
+    net.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False, assign=True)
+    net.linear_2.weight = net.linear_1.weight
+    made = ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+    assert made.client.bound_bytes == made.client.total_bytes > 0
+    assert torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_mappings_that_are_no_checkpoint(tmp_path):
+    import ctypes
+
+    path = tmp_path / "numbers"
+    torch.arange(1024.0).numpy().tofile(path)
+
+    def bound(weight: torch.Tensor) -> int:
+        net = nn.Linear(32, 32, bias=False)
+        net.weight = nn.Parameter(weight.view(32, 32), requires_grad=False)
+        expected = weight.clone()
+        made = ferry.apply_group_offloading(net, "cpu", **small("leaf_level"))
+        bytes = made.client.bound_bytes
+        made.remove()
+        assert torch.equal(net.weight.reshape(-1).view(torch.uint8), expected.view(torch.uint8))
+        return bytes
+
+    # Memory that is a file's without ever changing it is as good as a checkpoint's.
+    assert bound(torch.from_file(str(path), shared=False, size=1024)) == 4096
+    # What is written to this one goes to the file; the other is a library's.
+    assert bound(torch.from_file(str(path), shared=True, size=1024)) == 0
+    with open("/proc/self/maps") as maps:
+        line = next(one for one in maps if "libtorch_cpu" in one and " r--p " in one)
+    library = (ctypes.c_float * 1024).from_address(int(line.split("-")[0], 16))
+    assert bound(torch.frombuffer(library, dtype=torch.float32)) == 0
+
+
+@torch.no_grad()
 def test_a_mapped_weight_that_was_written_is_not_read_from_its_file(tmp_path):
     from safetensors.torch import load_file, save_file
 
