@@ -48,6 +48,10 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
             self.is_leaving = False
 
         def deinitalize_hook(self, of: nn.Module) -> nn.Module:
+            if self.root and offloading.is_held:
+                # The registry has put the forward there that was before; what follows raises.
+                offloading.keep_outermost()
+                offloading.refuse_if_held()
             self.is_leaving = True
             if self.root:
                 self.root = False

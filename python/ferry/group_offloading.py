@@ -16,6 +16,7 @@ from . import _C, diffusers_hooks
 from .call_points import CallPoint, untraced
 from .disk_folder import write_folder
 from .grouping import Grouping
+from .leases import Client
 from .recompute import run_recomputed, wants_recompute
 from .slots import (
     Slot,
@@ -135,7 +136,7 @@ class GroupOffloading:
         sources = self._find_sources(root, moving, block_modules)
         first_order = [group for lease in grouping.leases for group in lease.groups]
         on_cpu = self._device.type == "cpu"
-        self._client = _C.Client(
+        self._client = Client(
             self.engine,
             self.name,
             [
@@ -313,15 +314,38 @@ class GroupOffloading:
         return self._root()
 
     @property
-    def client(self) -> _C.Client:
+    def client(self) -> Client:
         return self._client
 
     @property
     def removed(self) -> bool:
         return self._client.removed
 
+    @property
+    def is_held(self) -> bool:
+        """Whether weights are held now, by ``weights()`` or by a call."""
+        return self._client.is_held
+
+    def refuse_if_held(self) -> None:
+        """Raises ArgumentError where weights are held."""
+        if self.is_held:
+            raise _C.ArgumentError(
+                f"{self.name}: offloading cannot be removed while weights are held: leave the weights() "
+                "block, or let the call end, first (loading or unloading an adapter removes it, too)"
+            )
+
+    def keep_outermost(self) -> None:
+        """Goes around what took the place of a module's forward since."""
+        for point in self._points:
+            point.keep_outermost()
+
     def remove(self) -> None:
-        """Detaches from the module; its weights are in CPU memory again, in the same tensors."""
+        """Detaches from the module; its weights are in CPU memory again, in the same tensors.
+
+        Raises:
+            ArgumentError: weights are held, by ``weights()`` or a call; nothing is detached then.
+        """
+        self.refuse_if_held()
         for point in self._points:
             point.detach()
         self._points.clear()

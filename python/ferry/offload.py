@@ -67,9 +67,12 @@ class Offloading:
         return _attached(self._components)
 
     def remove(self) -> None:
-        """Detaches from every component; their weights are in CPU memory again."""
-        for part in self.parts.values():
-            part.remove()
+        """Detaches from every component; their weights are in CPU memory again.
+
+        Raises:
+            ArgumentError: weights are held; nothing is detached then.
+        """
+        remove(self)
 
     def report(self) -> Report:
         return Report(self.parts)
@@ -184,8 +187,15 @@ def _attached(components: dict[str, nn.Module]) -> dict[str, GroupOffloading]:
 
 
 def remove(target: Any) -> None:
-    """Takes ferry's offloading off a module, or off every component of a pipeline."""
-    for one in _offloadings(target).values():
+    """Takes ferry's offloading off a module, or off every component of a pipeline.
+
+    Raises:
+        ArgumentError: weights are held (``weights()``); nothing is detached then.
+    """
+    parts = list(_offloadings(target).values())
+    for one in parts:
+        one.refuse_if_held()
+    for one in parts:
         one.remove()
 
 

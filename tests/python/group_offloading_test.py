@@ -451,6 +451,32 @@ def test_remove_gives_back_a_module_that_can_be_copied():
     again.remove()
 
 
+@torch.no_grad()
+def test_is_not_removed_from_under_what_holds_weights():
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    net, x = make(), input_of()
+    expected = net(x)
+    made = ferry.apply_group_offloading(net, "cpu", weights_memory="64MiB", **small("leaf_level"))
+    with made.weights():
+        for remove in (
+            made.remove,
+            lambda: ferry.remove(net),
+            lambda: _maybe_remove_and_reapply_group_offloading(net),  # an adapter is unloaded
+        ):
+            with pytest.raises(ferry.ArgumentError, match="while weights are held"):
+                remove()
+        assert ferry.offloading_of(net) is made
+    assert torch.equal(net(x), expected)
+    net.blocks[1].register_forward_hook(lambda *_: made.remove())
+    with pytest.raises(ferry.ArgumentError, match="while weights are held"):
+        net(x)
+    net.blocks[1]._forward_hooks.clear()
+    assert torch.equal(net(x), expected)
+    made.remove()
+    assert torch.equal(net(x), expected) and ferry.offloading_of(net) is None
+
+
 def test_options_that_mean_nothing():
     net = make()
     with pytest.raises(ValueError, match="num_blocks_per_group"):
