@@ -2,16 +2,20 @@
 
 diffusers asks its hook registries whether a module is group offloaded: to choose the device of a
 pipeline, to refuse ``enable_model_cpu_offload`` and ``to()``, to lay the hooks anew after an adapter
-was loaded. A hook that does nothing stands there for ferry.
+was loaded. A hook that does nothing stands there for ferry. ``fuse_lora`` and ``unfuse_lora`` write to
+weights directly: ferry holds them meanwhile.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from .changes import holding_merges
 
 if TYPE_CHECKING:
     from .group_offloading import GroupOffloading
@@ -36,6 +40,7 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
     from diffusers.hooks.hooks import HookRegistry, ModelHook
 
     _answer_reapply()
+    _hold_for_fusing()
 
     class FerryGroupOffloadingHook(ModelHook):
         """Stands for ferry's offloading. Removing it from the root removes that."""
@@ -50,7 +55,7 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
         def deinitalize_hook(self, of: nn.Module) -> nn.Module:
             if self.root and offloading.is_held:
                 # The registry has put the forward there that was before; what follows raises.
-                offloading.keep_outermost()
+                offloading.adopt_new()
                 offloading.refuse_if_held()
             self.is_leaving = True
             if self.root:
@@ -102,6 +107,30 @@ def _answer_reapply() -> None:
 
     _replaced[hooks, "_apply_group_offloading"] = original
     hooks._apply_group_offloading = _apply_group_offloading
+
+
+def _hold_for_fusing() -> None:
+    """Has models and pipelines of diffusers fuse adapters into weights that are offloaded."""
+    for module, owner in (("peft", "PeftAdapterMixin"), ("lora_base", "LoraBaseMixin")):
+        cls = getattr(sys.modules.get(f"diffusers.loaders.{module}"), owner, None)
+        for name in ("fuse_lora", "unfuse_lora"):
+            original = getattr(cls, name, None)
+            if original is not None and (cls, name) not in _replaced:
+                _replaced[cls, name] = original
+                setattr(cls, name, _holding(original))
+
+
+def _holding(original: Callable) -> Callable:
+    from .group_offloading import offloading_of
+
+    @functools.wraps(original)
+    def fuse(self, *args, **kwargs):
+        models = [self] if isinstance(self, nn.Module) else self.components.values()
+        found = [offloading_of(model) for model in models if isinstance(model, nn.Module)]
+        with holding_merges(one for one in found if one is not None):
+            return original(self, *args, **kwargs)
+
+    return fuse
 
 
 def install() -> None:

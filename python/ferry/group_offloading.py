@@ -14,6 +14,7 @@ from torch import nn
 
 from . import _C, diffusers_hooks
 from .call_points import CallPoint, untraced
+from .changes import noticing
 from .disk_folder import write_folder
 from .grouping import Grouping
 from .leases import Client
@@ -134,6 +135,8 @@ class GroupOffloading:
             slots[key].tensor.data = slots[key].tensor.data.to(self._device)
         moving = {key: slot for key, slot in slots.items() if key not in grouping.excluded | read}
         sources = self._find_sources(root, moving, block_modules)
+        self._grouped = [[slots[key].tensor for key in group.slots] for group in grouping.groups]
+        self._group_of = {key: i for i, group in enumerate(grouping.groups) for key in group.slots}
         first_order = [group for lease in grouping.leases for group in lease.groups]
         on_cpu = self._device.type == "cpu"
         self._client = Client(
@@ -334,10 +337,11 @@ class GroupOffloading:
                 "block, or let the call end, first (loading or unloading an adapter removes it, too)"
             )
 
-    def keep_outermost(self) -> None:
-        """Goes around what took the place of a module's forward since."""
-        for point in self._points:
-            point.keep_outermost()
+    def adopt_new(self) -> None:
+        """Goes around what took the place of a forward since, and brings parameters that appeared since."""
+        root = self._root()
+        if root is not None:
+            self._adopt_new(root)
 
     def remove(self) -> None:
         """Detaches from the module; its weights are in CPU memory again, in the same tensors.
@@ -362,12 +366,24 @@ class GroupOffloading:
 
     @contextmanager
     def weights(self) -> Iterator[nn.Module]:
-        """Holds all weights where compute happens, to look at or to change them.
+        """Holds all weights where compute happens, to look at or to change them, by ``.data`` too.
 
-        Needs room for all of them at once.
+        Needs room for all of them at once, and reads all bytes twice to see what changed.
         """
-        with self._client.lease(list(range(len(self._client.plan()["groups"])))):
+        with self.holding(range(len(self._grouped))):
             yield self._root()
+
+    @contextmanager
+    def holding(self, groups: Iterable[int]) -> Iterator[None]:
+        """``weights`` for some groups."""
+        groups = sorted(groups)
+        with self._client.lease(groups), noticing([t for i in groups for t in self._grouped[i]]):
+            yield
+
+    def groups_below(self, module: nn.Module) -> frozenset[int]:
+        """The groups that hold weights of ``module`` and of the modules in it."""
+        plain = (one for tensor in _registered(module) for one in inner_tensors(tensor).values())
+        return frozenset(self._group_of[id(one)] for one in plain if id(one) in self._group_of)
 
     def report(self) -> dict[str, Any]:
         return self.engine.report() | {"plan": self._client.plan()}

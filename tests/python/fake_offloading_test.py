@@ -116,6 +116,51 @@ def test_parameters_that_come_later_are_moved():
     assert torch.equal(with_lora(net)(x).cpu(), expected)
 
 
+@pytest.mark.parametrize("home", HOMES)
+@torch.no_grad()
+def test_weights_that_are_changed_by_their_data(home, tmp_path):
+    net, twin, x = make(), make(), input_of()
+    options = {"offload_to_disk_path": tmp_path} if home == "disk" else HOMES[home]
+    made = ferry.apply_group_offloading(
+        net, "fake", weights_memory="64MiB", use_stream=True, **KINDS["leaf_level"], **options
+    )
+    net(x)
+    with made.weights():
+        net.blocks[1].proj_in.weight.data.mul_(2)  # no version counter tells
+    twin.blocks[1].proj_in.weight.mul_(2)
+    assert torch.equal(net(x).cpu(), twin(x)) and torch.equal(net(x).cpu(), twin(x))
+    assert made.report()["changed"] == 1
+    made.remove()
+    assert torch.equal(net(x), twin(x))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_lora_is_fused(late, shapes):
+    peft = pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)
+
+    def make_model() -> nn.Module:
+        return diffusers.FluxTransformer2DModel.from_pretrained(shapes / "transformer")
+
+    def adapt(model: nn.Module) -> None:
+        torch.manual_seed(11)
+        model.add_adapter(config)
+
+    resident, streamed = make_model(), make_model()
+    adapt(resident)
+    if not late:
+        adapt(streamed)
+    ferry.apply_group_offloading(streamed, "fake", use_stream=True, **KINDS["block_level"])
+    if late:
+        adapt(streamed)
+    for what in ("fuse_lora", "unfuse_lora"):
+        for model in (resident, streamed):
+            getattr(model, what)()
+        found = streamed.state_dict()
+        assert all(torch.equal(value, found[key].cpu()) for key, value in resident.state_dict().items())
+
+
 def test_gradients():
     resident, streamed, x = make().train(), make().train(), input_of()
     resident(x).square().sum().backward()

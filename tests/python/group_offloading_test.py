@@ -219,6 +219,30 @@ def test_changed_weights_stay_changed(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_weights_that_are_changed_by_their_data_stay_changed(kind):
+    net, twin, x = make(), make(), input_of()
+    made = ferry.apply_group_offloading(net, "cpu", weights_memory="64MiB", **small(kind))
+    net(x)
+    with pytest.raises(KeyError), made.weights():
+        net.blocks[1].proj_in.weight.data.mul_(2)  # no version counter tells
+        net.linear_1.bias.data = net.linear_1.bias.data + 1
+        net.gain.data[3:5] = net.gain.data[3:5].flip(0)
+        raise KeyError
+    twin.blocks[1].proj_in.weight.mul_(2)
+    twin.linear_1.bias.add_(1)
+    twin.gain[3:5] = twin.gain[3:5].flip(0)
+    for _ in range(2):
+        assert torch.equal(net(x), twin(x))
+    changed = made.report()["changed"]
+    with made.weights():
+        assert torch.equal(net.blocks[1].proj_in.weight, twin.blocks[1].proj_in.weight)
+    assert made.report()["changed"] == changed  # to look is no change
+    made.remove()
+    assert torch.equal(net(x), twin(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_resident_ones(kind):
     x = input_of()
     resident, streamed = make().train(), make().train()

@@ -93,6 +93,71 @@ def test_lora_before_and_after():
         assert torch.equal(after(x), expected) and torch.equal(after(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "by"), [("leaf_level", "pipeline"), ("block_level", "pipeline"), ("block_level", "model")]
+)
+def test_lora_is_fused_and_unfused(shapes, kind, by):
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        one = diffusers.FluxPipeline.from_pretrained(shapes)
+        torch.manual_seed(11)
+        layers = {"transformer": ["to_q", "to_k", "proj_mlp", "linear"], "text_encoder": ["q_proj"]}
+        for name, targets in layers.items():
+            config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+            getattr(one, name).add_adapter(config, "mine")
+        return one
+
+    def fuse(one, what):
+        if by == "model":
+            getattr(one.transformer, what)()
+        else:
+            getattr(one, what)(components=["transformer", "text_encoder"])
+
+    def same(one, two) -> bool:
+        return all(
+            torch.equal(value, two_state[key])
+            for name in ("transformer", "text_encoder")
+            for two_state in [getattr(two, name).state_dict()]
+            for key, value in getattr(one, name).state_dict().items()
+        )
+
+    @torch.no_grad()
+    def run(one) -> torch.Tensor:
+        config = one.transformer.config
+        random = torch.Generator().manual_seed(3)
+        return one.transformer(
+            hidden_states=torch.randn(1, 16, config.in_channels, generator=random),
+            encoder_hidden_states=torch.randn(1, 8, config.joint_attention_dim, generator=random),
+            pooled_projections=torch.randn(1, config.pooled_projection_dim, generator=random),
+            timestep=torch.tensor([0.5]),
+            guidance=torch.tensor([3.5]) if config.guidance_embeds else None,
+            img_ids=torch.zeros(16, 3),
+            txt_ids=torch.zeros(8, 3),
+        ).sample
+
+    resident, streamed = adapted(), adapted()
+    for name in ("transformer", "text_encoder"):
+        # With no more room than a call needs.
+        ferry.apply_group_offloading(
+            getattr(streamed, name), "cpu", offload_type=kind, num_blocks_per_group=1
+        )
+    weight = resident.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    before = weight.clone()
+    for what in ("fuse_lora", "unfuse_lora"):
+        fuse(resident, what)
+        fuse(streamed, what)
+        assert same(resident, streamed) and torch.equal(run(streamed), run(resident))
+        assert torch.allclose(weight, before, atol=1e-5) == (what == "unfuse_lora")
+    layer = streamed.transformer.transformer_blocks[0].attn.to_q
+    assert "merge" not in layer.__dict__ and "unmerge" not in layer.__dict__
+    fuse(resident, "fuse_lora")
+    fuse(streamed, "fuse_lora")
+    resident.transformer.unload_lora()
+    streamed.transformer.unload_lora()  # has it laid anew
+    assert same(resident, streamed) and torch.equal(run(streamed), run(resident))
+
+
 def test_an_adapter_has_it_laid_anew_on_the_same_engine(pipe):
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
