@@ -1,7 +1,7 @@
 """``offload_to_disk_path``: files under the names that diffusers gives them.
 
 Every file is written anew, under a temporary name, and renamed: a file that another model left there
-is replaced and never read, and a model that still reads the old one keeps it.
+is replaced and never read, and a model that still reads the old one keeps it. All of them stay open.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import _C
-from .files import publish
+from .files import allow_open_files, publish
 from .slots import Slot, inner_tensors, own_tensors
 
 __all__ = ["write_folder"]
@@ -76,6 +76,7 @@ def write_folder(
             for name, module in root.named_modules()
         }
     os.makedirs(folder, exist_ok=True)
+    allow_open_files(2 * len(groups))  # each is open for reads through the page cache and past it
     found: dict[int, _C.StoredTensor] = {}
     for group_id, keys in groups.items():
         keys = [key for key in dict.fromkeys(keys) if key in slots and key not in found]

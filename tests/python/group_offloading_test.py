@@ -501,6 +501,32 @@ def test_is_not_removed_from_under_what_holds_weights():
     assert torch.equal(net(x), expected) and ferry.offloading_of(net) is None
 
 
+_MANY_FILES = """
+import os, resource, sys, torch, ferry
+from torch import nn
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+net, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(150))), torch.randn(1, 8)
+with torch.no_grad():
+    expected = net(x)
+    ferry.apply_group_offloading(net, "cpu", offload_type="leaf_level", offload_to_disk_path=sys.argv[1])
+    assert torch.equal(net(x), expected)
+assert len(os.listdir(sys.argv[1])) == 150
+assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2000  # no more than is needed
+"""
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", _MANY_FILES, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_options_that_mean_nothing():
     net = make()
     with pytest.raises(ValueError, match="num_blocks_per_group"):
