@@ -14,6 +14,7 @@
 #include "ferry/testing/pipeline_suites.h"
 #include "ferry/testing/test_device.h"
 #include "ferry/weights/binding.h"
+#include "ferry/weights/stub.h"
 
 namespace ferry::pipelines {
 namespace {
@@ -380,6 +381,31 @@ TEST(FluxPipeline, ComponentsCanBeReplaced) {
   EXPECT_TRUE(at::equal((*first)(small()).tensor, (*second)(small()).tensor));
   options.components["transformr"] = Component();
   EXPECT_THAT(error_of<ArgumentError>([&] { load(options); }), HasSubstr("transformr"));
+}
+
+TEST(FluxPipeline, AModelThatWasMadeInMemoryIsOffloadedToo) {
+  auto first = load();
+  const at::Tensor expected = (*first)(small()).tensor;
+  auto loaded = models::load_model(kFolder / "transformer");
+  loaded->load_weights();
+  std::ifstream config(kFolder / "transformer" / "config.json");
+  auto made = models::make_model("FluxTransformer2DModel", nlohmann::ordered_json::parse(config));
+  const auto from = loaded->named_parameters();
+  for (const auto& item : made->named_parameters()) {
+    at::Tensor slot = item.value();
+    slot.set_data(from[item.key()].detach().clone());
+  }
+  ASSERT_EQ(made->binding(), nullptr);
+  PipelineLoadOptions options;
+  options.components["transformer"] = Component(made);
+  auto second = load(options);
+  second->set_memory_budget(256 << 10);
+  EXPECT_TRUE(at::equal((*second)(small()).tensor, expected));
+  size_t idle = 0;
+  for (const auto& item : made->named_parameters()) idle += weights::is_stub(item.value());
+  EXPECT_GT(idle, 0u) << "nothing is streamed";
+  second->disable_group_offload();
+  EXPECT_TRUE(at::equal((*second)(small()).tensor, expected));
 }
 
 TEST(FluxPipeline, AnotherKindOfAutoencoderIsRefused) {
