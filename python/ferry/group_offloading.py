@@ -264,7 +264,7 @@ class GroupOffloading:
             client.begin_pass()  # from here on it is this thread's turn
             completed = False
             try:
-                self._adopt_new(root)
+                self.adopt_new()
                 if leased is not None:
                     output = leased(forward, args, kwargs)
                 else:
@@ -296,20 +296,6 @@ class GroupOffloading:
                 unchanged = tensor._version == version and before.device == idle
                 tensor.data = before if unchanged else tensor.data.to(idle)
 
-    @torch.compiler.disable
-    def _adopt_new(self, root: nn.Module) -> None:
-        """Parameters that appeared since (an adapter's) stay where compute happens."""
-        for point in self._points:
-            point.keep_outermost()
-        if self._device.type == "cpu":
-            return
-        for tensor in _registered(root):
-            if id(tensor) not in self._known:
-                self._known.add(id(tensor))
-                for plain in inner_tensors(tensor).values():
-                    if plain.device != self._device:
-                        plain.data = plain.data.to(self._device)
-
     # ---- from outside ----
 
     @property
@@ -337,11 +323,21 @@ class GroupOffloading:
                 "block, or let the call end, first (loading or unloading an adapter removes it, too)"
             )
 
+    @torch.compiler.disable
     def adopt_new(self) -> None:
-        """Goes around what took the place of a forward since, and brings parameters that appeared since."""
+        """Goes around what took the place of a forward since. Parameters that appeared since (an adapter's)
+        stay where compute happens."""
+        for point in self._points:
+            point.keep_outermost()
         root = self._root()
-        if root is not None:
-            self._adopt_new(root)
+        if root is None or self._device.type == "cpu":
+            return
+        for tensor in _registered(root):
+            if id(tensor) not in self._known:
+                self._known.add(id(tensor))
+                for plain in inner_tensors(tensor).values():
+                    if plain.device != self._device:
+                        plain.data = plain.data.to(self._device)
 
     def remove(self) -> None:
         """Detaches from the module; its weights are in CPU memory again, in the same tensors.

@@ -405,17 +405,21 @@ def test_hooks_that_come_later_run_under_the_lease():
     assert seen == [False]
 
 
+def _cast_over_offloading(**options):
+    """A module that was offloaded and then cast, its offloading, an input, and what it gives resident."""
+    from diffusers.hooks import apply_layerwise_casting
+
+    net, late, x = make(), make(), input_of()
+    apply_layerwise_casting(net, torch.float8_e4m3fn, torch.float32)
+    made = ferry.apply_group_offloading(late, "cpu", **options, **small("leaf_level"))
+    apply_layerwise_casting(late, torch.float8_e4m3fn, torch.float32)
+    return late, made, x, net(x)
+
+
 @torch.no_grad()
 def test_layerwise_casting_over_offloading():
     """Weights that are cast and cast back around each call are not written anew each time."""
-    from diffusers.hooks import apply_layerwise_casting
-
-    net, x = make(), input_of()
-    apply_layerwise_casting(net, torch.float8_e4m3fn, torch.float32)
-    expected = net(x)
-    late = make()
-    made = ferry.apply_group_offloading(late, "cpu", use_stream=True, **small("leaf_level"))
-    apply_layerwise_casting(late, torch.float8_e4m3fn, torch.float32)
+    late, made, x, expected = _cast_over_offloading(use_stream=True)
     assert torch.equal(late(x), expected)
     changed = made.report()["changed"]
     assert torch.equal(late(x), expected)
@@ -424,14 +428,7 @@ def test_layerwise_casting_over_offloading():
 
 @torch.no_grad()
 def test_hooks_that_came_later_outlast_offloading():
-    from diffusers.hooks import apply_layerwise_casting
-
-    net, x = make(), input_of()
-    apply_layerwise_casting(net, torch.float8_e4m3fn, torch.float32)
-    expected = net(x)
-    late = make()
-    ferry.apply_group_offloading(late, "cpu", **small("leaf_level"))
-    apply_layerwise_casting(late, torch.float8_e4m3fn, torch.float32)
+    late, _, x, expected = _cast_over_offloading()
     layer, seen = late.blocks[2].proj_in, []
     inner = layer.forward
 

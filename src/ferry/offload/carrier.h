@@ -40,7 +40,8 @@ class Carrier {
   // Reserves memory for an absent piece and begins to bring it. Throws IoError (the file changed
   // since it was opened).
   virtual Start start(Piece& piece) = 0;
-  // After no_staging: waits until some is free. False if none will ever be. Throws DeviceError.
+  // After no_staging: waits until some is free. False if none will ever be. Throws what made
+  // the device fail.
   virtual bool wait_for_staging(std::unique_lock<std::mutex>& lock) { return false; }
   // True if arrive() would return without waiting.
   virtual bool has_arrived(const Piece& piece) const = 0;

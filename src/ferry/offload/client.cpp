@@ -1,3 +1,5 @@
+#include <c10/util/ScopeExit.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -82,6 +84,11 @@ void Client::load_small_slots(std::vector<weights::BoundSlot> small) {
     at::Tensor tensor = bound.slot.tensor;
     tensor.set_data(weights::read_tensor(bound).to(engine_.options_.device));
   }
+}
+
+bool Client::is_leased_locked() const {
+  return std::any_of(states_.begin(), states_.end(),
+                     [](const auto& state) { return state->leases > 0; });
 }
 
 void Client::drop_all_locked() noexcept {
@@ -341,9 +348,8 @@ void Client::start_or_evict_locked(State& state, std::unique_lock<std::mutex>& l
   while (!start_locked(state)) {
     if (no_staging_) {
       engine_.somebody_waits_ = true;
-      const bool freed = engine_.carrier_->wait_for_staging(lock);
-      engine_.somebody_waits_ = false;
-      if (freed) continue;
+      const auto waited = c10::make_scope_exit([&] { engine_.somebody_waits_ = false; });
+      if (engine_.carrier_->wait_for_staging(lock)) continue;
     }
     if (evict_one_locked()) continue;
     if (!restarted) {

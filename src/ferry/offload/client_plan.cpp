@@ -162,9 +162,7 @@ void Client::measure_pass_locked() {
     if (state->placement == Placement::resident) continue;
     for (const Piece& piece : state->pieces) measured.compute_s.back() += piece.convert_s;
   }
-  const bool leased = std::any_of(states_.begin(), states_.end(),
-                                  [](const auto& state) { return state->leases > 0; });
-  if (leased) return;
+  if (is_leased_locked()) return;
   if (should_try_checkpoint_locked()) {
     read_from_locked(/*packs=*/false);
     measured_passes_ = 0;

@@ -219,18 +219,20 @@ uint64_t Engine::allowed_arena_locked() const {
 
 // It holds all components together where the budget allows, and each alone in any case.
 uint64_t Engine::wanted_arena_locked() const {
+  if (budget_locked() > 0) return std::min(together_locked(), allowed_arena_locked());
   uint64_t wanted = 0;
-  for (const Client* client : clients_) {
-    const uint64_t peak = client->plan_.peak_bytes();
-    wanted = budget_locked() == 0 ? std::max(wanted, peak) : wanted + peak;
-  }
-  return std::min(wanted, allowed_arena_locked());
+  for (const Client* client : clients_) wanted = std::max(wanted, client->plan_.peak_bytes());
+  return wanted;
+}
+
+uint64_t Engine::together_locked() const {
+  uint64_t together = 0;
+  for (const Client* client : clients_) together += client->plan_.peak_bytes();
+  return together;
 }
 
 bool Engine::holds_all_locked() const {
-  uint64_t together = 0;
-  for (const Client* client : clients_) together += client->plan_.peak_bytes();
-  return together <= arena_.size_bytes();
+  return together_locked() <= arena_.size_bytes();
 }
 
 uint64_t Engine::host_memory_locked(uint64_t staging, uint64_t all_homes) const {
@@ -241,10 +243,8 @@ uint64_t Engine::host_memory_locked(uint64_t staging, uint64_t all_homes) const 
 }
 
 bool Engine::is_leased_locked() const {
-  return std::any_of(clients_.begin(), clients_.end(), [](const Client* client) {
-    return std::any_of(client->states_.begin(), client->states_.end(),
-                       [](const auto& state) { return state->leases > 0; });
-  });
+  return std::any_of(clients_.begin(), clients_.end(),
+                     [](const Client* client) { return client->is_leased_locked(); });
 }
 
 void Engine::prepare_memory_locked() {

@@ -203,7 +203,8 @@ class Engine {
   // The arena for the plans as they are, and the largest that the budget allows.
   uint64_t wanted_arena_locked() const;
   uint64_t allowed_arena_locked() const;
-  // Whether no component has to make room for another.
+  // All plans side by side, and whether the arena holds them so.
+  uint64_t together_locked() const;
   bool holds_all_locked() const;
   // Pinned host memory, given what staging needs and what homes for all groups would take.
   uint64_t host_memory_locked(uint64_t staging, uint64_t all_homes) const;
@@ -308,6 +309,7 @@ class Client {
   void measure_pass_locked();
   // Ends the account of the group that was leased last.
   void note_compute_locked(std::chrono::steady_clock::time_point until);
+  bool is_leased_locked() const;
   void plan_by_time_locked();
   // Whether the checkpoint itself may be faster than its pack: has to be tried to know.
   bool should_try_checkpoint_locked() const;
