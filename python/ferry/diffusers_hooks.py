@@ -91,22 +91,26 @@ def mark(modules: list[nn.Module], offloading: GroupOffloading) -> Callable[[], 
 
 
 def _answer_reapply() -> None:
-    """Has diffusers' own function lay ferry's offloading anew for a configuration of ferry's."""
-    hooks = _hooks_module()
-    if (hooks, "_apply_group_offloading") in _replaced:
-        return
-    from .group_offloading import GroupOffloadingConfig, apply_config
+    """Has diffusers' own function, called where an adapter came or went, lay ferry's offloading anew."""
+    from .group_offloading import offloading_of
 
-    original = hooks._apply_group_offloading
+    name = "_maybe_remove_and_reapply_group_offloading"
+    # The loaders of adapters import it by name, some of them when they are imported themselves.
+    for owner in (_hooks_module(), sys.modules.get("diffusers.loaders.peft")):
+        original = getattr(owner, name, None)
+        if original is None or (owner, name) in _replaced:
+            continue
 
-    def _apply_group_offloading(module: nn.Module, config: Any) -> None:
-        if isinstance(config, GroupOffloadingConfig):
-            apply_config(module, config)
-        else:
-            original(module, config)
+        @functools.wraps(original)
+        def reapply(module: nn.Module, original: Callable = original) -> None:
+            found = [one for one in map(offloading_of, module.modules()) if one is not None]
+            for one in found:
+                one.lay_anew()
+            if not found:
+                original(module)
 
-    _replaced[hooks, "_apply_group_offloading"] = original
-    hooks._apply_group_offloading = _apply_group_offloading
+        _replaced[owner, name] = original
+        setattr(owner, name, reapply)
 
 
 def _hold_for_fusing() -> None:

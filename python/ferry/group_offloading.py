@@ -33,6 +33,7 @@ __all__ = ["GroupOffloading", "GroupOffloadingConfig", "apply_group_offloading",
 
 _ATTRIBUTE = "_ferry_offloading"
 _FEW_BYTES = 16 << 10
+_Left = Sequence[tuple[torch.Tensor, _C.StoredTensor]]
 # What pipelines call besides forward: each is a pass of its own.
 _ENTRIES = ("encode", "decode", "get_image_features", "get_text_features")
 
@@ -99,7 +100,7 @@ class GroupOffloading:
     # For whoever looks at all of them (``ferry.trace``).
     alive: ClassVar[weakref.WeakSet[GroupOffloading]] = weakref.WeakSet()
 
-    def __init__(self, root: nn.Module, config: GroupOffloadingConfig):
+    def __init__(self, root: nn.Module, config: GroupOffloadingConfig, left: _Left = ()):
         self.config = config
         self.engine = config.engine
         self.name = config.name
@@ -134,7 +135,10 @@ class GroupOffloading:
         for key in grouping.excluded:
             slots[key].tensor.data = slots[key].tensor.data.to(self._device)
         moving = {key: slot for key, slot in slots.items() if key not in grouping.excluded | read}
-        sources = self._find_sources(root, moving, block_modules)
+        # Of a module that is laid anew only what is new has no place yet: an adapter's few weights.
+        sources = {id(one): source for one, source in left if id(one) in moving}
+        if not left:
+            sources = self._find_sources(root, moving, block_modules)
         self._grouped = [[slots[key].tensor for key in group.slots] for group in grouping.groups]
         self._group_of = {key: i for i, group in enumerate(grouping.groups) for key in group.slots}
         first_order = [group for lease in grouping.leases for group in lease.groups]
@@ -345,6 +349,33 @@ class GroupOffloading:
         Raises:
             ArgumentError: weights are held, by ``weights()`` or a call; nothing is detached then.
         """
+        self._detach()
+        self._client.remove()
+        root = self._root()
+        if root is not None:
+            rebuild_wrappers(root, torch.device("cpu"))
+
+    def lay_anew(self) -> GroupOffloading:
+        """Lays offloading with the same options over the module as it is now: an adapter came or went.
+
+        Weights that are away stay away: only what is new is looked at.
+
+        Raises:
+            ArgumentError: weights are held; all is as before then.
+            BudgetError, OSError, RuntimeError: the module is not offloaded any more, and its weights
+                are in CPU memory.
+        """
+        self._detach()
+        root = self._root()
+        left = self._client.withdraw()
+        try:
+            return apply_config(root, self.config, left)
+        except BaseException:
+            self._client.remove()
+            rebuild_wrappers(root, torch.device("cpu"))
+            raise
+
+    def _detach(self) -> None:
         self.refuse_if_held()
         for point in self._points:
             point.detach()
@@ -352,12 +383,10 @@ class GroupOffloading:
         for undo in self._on_remove:
             undo()
         self._on_remove.clear()
-        self._client.remove()
+        for tensor in self._read:
+            tensor.data = tensor.data.to("cpu")
         root = self._root()
         if root is not None:
-            for tensor in self._read:
-                tensor.data = tensor.data.to("cpu")
-            rebuild_wrappers(root, torch.device("cpu"))
             root.__dict__.pop(_ATTRIBUTE, None)
 
     @contextmanager
@@ -551,14 +580,17 @@ def _own_engine(config: GroupOffloadingConfig, weights_memory: int) -> _C.Engine
     )
 
 
-def apply_config(module: nn.Module, config: GroupOffloadingConfig) -> GroupOffloading:
-    """``apply_group_offloading`` with checked options and an engine."""
+def apply_config(
+    module: nn.Module, config: GroupOffloadingConfig, left: _Left = ()
+) -> GroupOffloading:
+    """``apply_group_offloading`` with checked options and an engine. ``left``: weights that are away
+    already, and where they are."""
     _check_no_other_hooks(module)
     engine = config.engine
     if engine.device != config.onload_device:
         raise ValueError(
             f"onload_device is {config.onload_device}, but the engine computes on {engine.device}"
         )
-    offloading = GroupOffloading(module, config)
+    offloading = GroupOffloading(module, config, left)
     module.__dict__[_ATTRIBUTE] = offloading
     return offloading

@@ -225,6 +225,7 @@ void add_engine(py::module_& module) {
           .def(
               "unload", [](OffloadClient& one) { one.client().unload(); }, NoGil())
           .def("remove", &OffloadClient::remove, NoGil())
+          .def("withdraw", &OffloadClient::withdraw, NoGil())
           .def("plan", &plan_of)
           .def_property_readonly("removed", &OffloadClient::removed)
           .def_property_readonly("engine", &OffloadClient::engine)

@@ -83,6 +83,15 @@ void OffloadClient::remove() {
   restore();
 }
 
+std::vector<std::pair<at::Tensor, weights::StoredTensor>> OffloadClient::withdraw() {
+  client_.reset();
+  std::vector<std::pair<at::Tensor, weights::StoredTensor>> left;
+  for (const weights::BoundSlot& bound : binding_.slots) {
+    if (weights::is_stub(bound.slot.tensor)) left.emplace_back(bound.slot.tensor, bound.source);
+  }
+  return left;
+}
+
 void OffloadClient::restore() {
   c10::InferenceMode off(false);
   for (weights::BoundSlot& bound : binding_.slots) {

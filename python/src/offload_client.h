@@ -39,6 +39,9 @@ class OffloadClient {
   // Every slot holds its weight again, in CPU memory of its own. Throws IoError; a further call
   // goes on where it stopped.
   void remove();
+  // The client ends, and slots that are stubs stay so: where the weight of each is. `remove` still
+  // brings them into memory.
+  std::vector<std::pair<at::Tensor, weights::StoredTensor>> withdraw();
   const std::shared_ptr<OwnedEngine>& engine() const { return engine_; }
   // Bytes of all slots, and of those that come from files that were there before.
   uint64_t total_bytes() const;

@@ -161,6 +161,30 @@ def test_lora_is_fused(late, shapes):
         assert all(torch.equal(value, found[key].cpu()) for key, value in resident.state_dict().items())
 
 
+@pytest.mark.parametrize("home", HOMES)
+def test_weights_stay_away_while_an_adapter_comes(home, shapes, tmp_path):
+    peft = pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    resident, streamed = (
+        diffusers.FluxTransformer2DModel.from_pretrained(shapes / "transformer") for _ in range(2)
+    )
+    options = dict(HOMES[home])
+    if home == "disk":
+        options["offload_to_disk_path"] = str(tmp_path)
+    ferry.apply_group_offloading(streamed, "fake", use_stream=True, **KINDS["leaf_level"], **options)
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)
+    for model in (resident, streamed):
+        torch.manual_seed(11)
+        model.add_adapter(config, "mine")
+    away = [p for name, p in streamed.named_parameters() if "lora" not in name and p.numel() > 1 << 14]
+    assert away and all(ferry._C.is_stub(p) for p in away)
+    again = ferry.offloading_of(streamed).lay_anew()
+    assert all(ferry._C.is_stub(p) for p in away)
+    assert again.client.bound_bytes >= sum(p.numel() * p.element_size() for p in away)
+    found = streamed.state_dict()
+    assert all(torch.equal(value, found[key].cpu()) for key, value in resident.state_dict().items())
+
+
 def test_gradients():
     resident, streamed, x = make().train(), make().train(), input_of()
     resident(x).square().sum().backward()

@@ -28,6 +28,35 @@ def draw(pipe) -> torch.Tensor:
     )  # fmt: skip
 
 
+def _adapter_of(shapes, folder) -> None:
+    peft = pytest.importorskip("peft")
+    model = diffusers.FluxTransformer2DModel.from_pretrained(shapes / "transformer")
+    torch.manual_seed(11)
+    model.add_adapter(
+        peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False), "mine"
+    )
+    layers = peft.get_peft_model_state_dict(model, adapter_name="mine")
+    diffusers.FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+
+
+def _run(model) -> torch.Tensor:
+    config, generator = model.config, torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(model.dtype)
+
+    with torch.no_grad():
+        return model(
+            hidden_states=random(1, 16, config.in_channels),
+            encoder_hidden_states=random(1, 8, config.joint_attention_dim),
+            pooled_projections=random(1, config.pooled_projection_dim),
+            timestep=torch.tensor([0.5]),
+            guidance=torch.tensor([3.5]) if config.guidance_embeds else None,
+            img_ids=torch.zeros(16, 3),
+            txt_ids=torch.zeros(8, 3),
+        ).sample
+
+
 def test_picture_equals_the_resident_one(pipe, tmp_path):
     expected = draw(pipe)
     made = ferry.offload(pipe, memory="4GiB", device="cpu", activations="64MiB")
@@ -122,20 +151,6 @@ def test_lora_is_fused_and_unfused(shapes, kind, by):
             for key, value in getattr(one, name).state_dict().items()
         )
 
-    @torch.no_grad()
-    def run(one) -> torch.Tensor:
-        config = one.transformer.config
-        random = torch.Generator().manual_seed(3)
-        return one.transformer(
-            hidden_states=torch.randn(1, 16, config.in_channels, generator=random),
-            encoder_hidden_states=torch.randn(1, 8, config.joint_attention_dim, generator=random),
-            pooled_projections=torch.randn(1, config.pooled_projection_dim, generator=random),
-            timestep=torch.tensor([0.5]),
-            guidance=torch.tensor([3.5]) if config.guidance_embeds else None,
-            img_ids=torch.zeros(16, 3),
-            txt_ids=torch.zeros(8, 3),
-        ).sample
-
     resident, streamed = adapted(), adapted()
     for name in ("transformer", "text_encoder"):
         # With no more room than a call needs.
@@ -147,7 +162,8 @@ def test_lora_is_fused_and_unfused(shapes, kind, by):
     for what in ("fuse_lora", "unfuse_lora"):
         fuse(resident, what)
         fuse(streamed, what)
-        assert same(resident, streamed) and torch.equal(run(streamed), run(resident))
+        assert same(resident, streamed)
+        assert torch.equal(_run(streamed.transformer), _run(resident.transformer))
         assert torch.allclose(weight, before, atol=1e-5) == (what == "unfuse_lora")
     layer = streamed.transformer.transformer_blocks[0].attn.to_q
     assert "merge" not in layer.__dict__ and "unmerge" not in layer.__dict__
@@ -155,7 +171,64 @@ def test_lora_is_fused_and_unfused(shapes, kind, by):
     fuse(streamed, "fuse_lora")
     resident.transformer.unload_lora()
     streamed.transformer.unload_lora()  # has it laid anew
-    assert same(resident, streamed) and torch.equal(run(streamed), run(resident))
+    assert same(resident, streamed)
+    assert torch.equal(_run(streamed.transformer), _run(resident.transformer))
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_weights_stay_away_while_an_adapter_comes_and_goes(shapes, tmp_path, to_disk, monkeypatch):
+    _adapter_of(shapes, tmp_path / "adapter")
+    # As it is stored, so that weights are mapped.
+    pipes = [
+        diffusers.FluxPipeline.from_pretrained(shapes, torch_dtype=torch.bfloat16) for _ in range(2)
+    ]
+    resident, streamed = (pipe.transformer for pipe in pipes)
+    home = {"offload_to_disk_path": str(tmp_path / "home")} if to_disk else {}
+    first = ferry.apply_group_offloading(streamed, "cpu", offload_type="leaf_level", **home)
+    written = {file: file.stat().st_ino for file in tmp_path.glob("home/*")}
+    with first.holding(first.groups_below(streamed.proj_out)):
+        for model in (resident, streamed):
+            model.proj_out.weight.data.mul_(2)  # it has no file any more that was there before
+    bound = first.client.bound_bytes
+    assert bound > 0.9 * first.client.total_bytes
+    # It would bring them into memory.
+    monkeypatch.setattr(ferry._C.Client, "remove", lambda self: pytest.fail("was removed"))
+    for pipe in pipes:
+        pipe.load_lora_weights(tmp_path / "adapter")
+    second = ferry.offloading_of(streamed)
+    assert first.removed and second is not first and second.client.bound_bytes >= 0.99 * bound
+    assert {file: file.stat().st_ino for file in tmp_path.glob("home/*")} == written
+    adapted = _run(resident)
+    assert torch.equal(_run(streamed), adapted)
+    for pipe in pipes:
+        pipe.unload_lora_weights()
+    third = ferry.offloading_of(streamed)
+    assert second.removed and third.client.bound_bytes >= 0.99 * bound
+    plain = _run(resident)
+    assert torch.equal(_run(streamed), plain) and not torch.equal(plain, adapted)
+    monkeypatch.undo()
+    ferry.remove(streamed)
+    assert torch.equal(_run(streamed), plain)
+
+
+def test_a_module_that_cannot_be_laid_anew_has_its_weights(shapes, monkeypatch):
+    model = diffusers.FluxTransformer2DModel.from_pretrained(shapes / "transformer")
+    expected = _run(model)
+    for where in ("rebuild_wrappers", "collect_slots"):  # before and after the new client took them
+        made = ferry.apply_group_offloading(model, "cpu", offload_type="leaf_level")
+        with monkeypatch.context() as patch:
+            times = iter([True, False, False])
+
+            def fails(*args, original=getattr(ferry.group_offloading, where), times=times):
+                if next(times):
+                    raise OSError("no space left")
+                return original(*args)
+
+            patch.setattr(ferry.group_offloading, where, fails)
+            with pytest.raises(OSError, match="no space left"):
+                made.lay_anew()
+        assert ferry.offloading_of(model) is None and made.removed
+        assert torch.equal(_run(model), expected)
 
 
 def test_an_adapter_has_it_laid_anew_on_the_same_engine(pipe):
