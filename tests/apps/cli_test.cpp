@@ -37,6 +37,18 @@ at::Tensor tensor(const fs::path& file, const std::string& name) {
   return stored ? weights::read_stored(*stored) : at::Tensor();
 }
 
+#ifdef FERRY_WITH_JEMALLOC
+// Else every step faults its activations in anew.
+TEST(Cli, TheAllocatorKeepsThePagesOfActivations) {
+  setenv("MALLOC_CONF", "stats_print:true", /*overwrite=*/1);
+  const Result result = ferry({"--version"});
+  unsetenv("MALLOC_CONF");
+  EXPECT_EQ(result.code, 0);
+  EXPECT_THAT(result.err, HasSubstr("opt.dirty_decay_ms: -1"));
+  EXPECT_THAT(result.err, HasSubstr("opt.oversize_threshold: 0"));
+}
+#endif
+
 TEST(Cli, WrongUseExitsWithTwoAndOneMessage) {
   for (std::vector<std::string> arguments : std::vector<std::vector<std::string>>{
            {},

@@ -4,11 +4,16 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <set>
 #include <sstream>
 #include <string_view>
+
+// Of jemalloc, which the program may or may not be linked with.
+extern "C" int mallctl(const char* name, void* old, size_t* old_bytes, void* next,
+                       size_t next_bytes) __attribute__((weak));
 
 namespace ferry {
 namespace {
@@ -130,6 +135,10 @@ bool reset_peak_rss() {
   std::ofstream out("/proc/self/clear_refs");
   out << "5" << std::flush;
   return static_cast<bool>(out);
+}
+
+void give_back_free_memory() noexcept {
+  if (mallctl) mallctl("arena.4096.purge", nullptr, nullptr, nullptr, 0);  // 4096: all arenas
 }
 
 bool CpuInfo::has(const std::string& feature) const {

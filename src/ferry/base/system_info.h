@@ -27,6 +27,9 @@ uint64_t current_rss_bytes();
 uint64_t peak_rss_bytes();
 // Starts the peak anew from the current value. False where the kernel does not allow it.
 bool reset_peak_rss();
+// What the allocator keeps of freed memory goes back to the system, where the program has jemalloc;
+// any other one is left to its own rules.
+void give_back_free_memory() noexcept;
 
 struct CpuInfo {
   std::string model;       // "Intel(R) Xeon(R) ..."

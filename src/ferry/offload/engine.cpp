@@ -7,6 +7,7 @@
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
+#include "ferry/base/system_info.h"
 #include "ferry/base/units.h"
 #include "ferry/offload/carrier.h"
 #include "ferry/offload/client_state.h"
@@ -390,7 +391,11 @@ bool Engine::make_room(const c10::OutOfMemoryError& error, bool again) {
 
 void Engine::activate_locked(Client& client) {
   if (active_ == &client && carrier_) return;
-  if (active_ && active_ != &client) active_->forget_predictions_locked();
+  if (active_ && active_ != &client) {
+    active_->forget_predictions_locked();
+    // Its activations were of other sizes.
+    if (options_.device.is_cpu()) give_back_free_memory();
+  }
   active_ = nullptr;
   prepare_memory_locked();
   active_ = &client;
