@@ -5,9 +5,11 @@
 //   FILE]
 //
 // Writes a temporary safetensors file of random bytes (default 1 GiB, in $TMPDIR or /tmp), drops it
-// from the page cache before each run, prints the median of N runs in GB/s (1e9) and the CPU
-// seconds a run took, and removes the file. Reads go ticket by ticket, two pieces ahead, as a
-// streamed forward's do. --python names an interpreter that has torch and safetensors.
+// from the page cache before each run, and removes it at the end. All ways to read take turns, N
+// times; then the engine, the fastest of the sweep, dd and Python do so anew, 2 N times. Prints the
+// median and the best in GB/s (1e9) and the CPU seconds a run took. Reads go ticket by ticket, two
+// pieces ahead, as a streamed forward's do. --python names an interpreter that has torch and
+// safetensors.
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -22,6 +24,7 @@
 #include <filesystem>
 #include <functional>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,9 +52,11 @@ struct Result {
   double cpu_seconds = 0;
 };
 
+// Medians, and the rate of the fastest run.
 struct Row {
   std::string what;
   double gb_per_s = 0;
+  double best_gb_per_s = 0;
   double cpu_seconds = 0;
 };
 
@@ -62,27 +67,46 @@ double cpu_seconds(int who) {
   return to_s(usage.ru_utime) + to_s(usage.ru_stime);
 }
 
-Result timed(const io::File& file, int repeat, const std::function<void()>& run) {
-  std::vector<Result> results;
-  for (int i = 0; i < repeat; ++i) {
-    file.drop_cache();
-    double cpu = cpu_seconds(RUSAGE_SELF) + cpu_seconds(RUSAGE_CHILDREN);
-    auto begin = std::chrono::steady_clock::now();
-    run();
-    auto end = std::chrono::steady_clock::now();
-    cpu = cpu_seconds(RUSAGE_SELF) + cpu_seconds(RUSAGE_CHILDREN) - cpu;
-    results.push_back({std::chrono::duration<double>(end - begin).count(), cpu});
-  }
-  std::sort(results.begin(), results.end(),
-            [](const Result& a, const Result& b) { return a.seconds < b.seconds; });
-  return results[results.size() / 2];
+// A way to read the file once.
+struct Mode {
+  std::string what;
+  std::function<Result()> run;
+  std::vector<Result> results = {};
+};
+
+Result timed(const std::function<void()>& run) {
+  double cpu = cpu_seconds(RUSAGE_SELF) + cpu_seconds(RUSAGE_CHILDREN);
+  auto begin = std::chrono::steady_clock::now();
+  run();
+  auto end = std::chrono::steady_clock::now();
+  cpu = cpu_seconds(RUSAGE_SELF) + cpu_seconds(RUSAGE_CHILDREN) - cpu;
+  return {std::chrono::duration<double>(end - begin).count(), cpu};
 }
 
-Row print_row(const std::string& what, uint64_t bytes, const Result& result) {
-  Row row{what, static_cast<double>(bytes) / result.seconds / 1e9, result.cpu_seconds};
-  fmt::print("{:<44} {:6.2f} GB/s {:6.2f} CPU s\n", row.what, row.gb_per_s, row.cpu_seconds);
+// Each in turn, `rounds` times: a shared disk drifts, and drifts for all.
+void alternate(std::vector<Mode>& modes, const io::File& file, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    for (Mode& mode : modes) {
+      file.drop_cache();
+      mode.results.push_back(mode.run());
+    }
+  }
+  for (Mode& mode : modes) {
+    std::sort(mode.results.begin(), mode.results.end(),
+              [](const Result& a, const Result& b) { return a.seconds < b.seconds; });
+  }
+}
+
+Row row_of(const Mode& mode, uint64_t bytes) {
+  auto rate = [&](const Result& one) { return static_cast<double>(bytes) / one.seconds / 1e9; };
+  const Result& median = mode.results[mode.results.size() / 2];
+  return {mode.what, rate(median), rate(mode.results.front()), median.cpu_seconds};
+}
+
+void print_row(const Row& row) {
+  fmt::print("{:<44} {:6.2f} GB/s {:6.2f} best {:6.2f} CPU s\n", row.what, row.gb_per_s,
+             row.best_gb_per_s, row.cpu_seconds);
   std::fflush(stdout);
-  return row;
 }
 
 void read_with_engine(const std::shared_ptr<const io::File>& file, const Options& options,
@@ -128,8 +152,7 @@ void read_with_dd(const fs::path& path, const char* block) {
 // Loads the file as Python does, `how` being "map" (load_file, and a copy, since mapping alone
 // reads nothing) or "read" (all bytes, then load: diffusers' disable_mmap). Without the imports'
 // time.
-Result load_with_python(const std::string& python, const fs::path& path, const std::string& how,
-                        const io::File& file, int repeat) {
+Result load_with_python(const std::string& python, const fs::path& path, const std::string& how) {
   const std::string script = fmt::format(
       "import resource, sys, time; from safetensors.torch import load, load_file\n"
       "cpu = lambda: sum(resource.getrusage(resource.RUSAGE_SELF)[:2])\n"
@@ -138,19 +161,12 @@ Result load_with_python(const std::string& python, const fs::path& path, const s
       "else: kept = load(open('{}', 'rb').read())\n"
       "print(time.perf_counter() - begin, cpu() - used)",
       how, path.string(), path.string());
-  std::vector<Result> results;
-  for (int i = 0; i < repeat; ++i) {
-    file.drop_cache();
-    FILE* pipe = ::popen(fmt::format("'{}' -c \"{}\"", python, script).c_str(), "r");
-    Result result;
-    bool read = pipe && std::fscanf(pipe, "%lf %lf", &result.seconds, &result.cpu_seconds) == 2;
-    if (pipe) ::pclose(pipe);
-    if (!read) throw_error<Error>("{}: cannot load a safetensors file", python);
-    results.push_back(result);
-  }
-  std::sort(results.begin(), results.end(),
-            [](const Result& a, const Result& b) { return a.seconds < b.seconds; });
-  return results[results.size() / 2];
+  FILE* pipe = ::popen(fmt::format("'{}' -c \"{}\"", python, script).c_str(), "r");
+  Result result;
+  bool read = pipe && std::fscanf(pipe, "%lf %lf", &result.seconds, &result.cpu_seconds) == 2;
+  if (pipe) ::pclose(pipe);
+  if (!read) throw_error<Error>("{}: cannot load a safetensors file", python);
+  return result;
 }
 
 // A safetensors file of `size` bytes with tensors of 64 MiB at most.
@@ -217,71 +233,97 @@ void run(const Options& options) {
   auto file = io::File::open(path);
   io::AlignedBuffer buffer(2 * options.piece_bytes);
   std::memset(buffer.data(), 1, buffer.size_bytes());
-  fmt::print("{} in {}, pieces of {}, median of {}, alignment {}\n",
+  fmt::print("{} in {}, pieces of {}, alternating, median and best of {}, alignment {}\n",
              format_bytes(options.size_bytes), options.folder.string(),
              format_bytes(options.piece_bytes), options.repeat, file->direct_alignment());
 
-  std::vector<Row> rows;
-  auto add = [&](const std::string& what, const std::function<void()>& read) {
-    rows.push_back(print_row(what, options.size_bytes, timed(*file, options.repeat, read)));
-    return rows.back().gb_per_s;
+  auto reads = [](const std::string& what, std::function<void()> read) {
+    return Mode{what, [read = std::move(read)] { return timed(read); }};
   };
-  add("dd iflag=direct bs=1M", [&] { read_with_dd(path, "bs=1M"); });
-  const double dd = add("dd iflag=direct bs=64M", [&] { read_with_dd(path, "bs=64M"); });
+  auto engine = [&](const std::string& what, const io::ReadEngineOptions& engine_options) {
+    return reads(what,
+                 [&, engine_options] { read_with_engine(file, options, engine_options, buffer); });
+  };
+  std::vector<Mode> peers = {reads("dd iflag=direct bs=1M", [&] { read_with_dd(path, "bs=1M"); }),
+                             reads("dd iflag=direct bs=64M", [&] { read_with_dd(path, "bs=64M"); }),
+                             reads("pread through the page cache, 1 MiB", [&] {
+                               read_with_pread(file->buffered_fd(), options, 1_MiB, buffer);
+                             })};
   if (file->direct_fd() >= 0) {
-    add("pread O_DIRECT, 1 thread, 1 MiB",
-        [&] { read_with_pread(file->direct_fd(), options, 1_MiB, buffer); });
+    peers.push_back(reads("pread O_DIRECT, 1 thread, 1 MiB",
+                          [&] { read_with_pread(file->direct_fd(), options, 1_MiB, buffer); }));
   }
-  add("pread through the page cache, 1 MiB",
-      [&] { read_with_pread(file->buffered_fd(), options, 1_MiB, buffer); });
-  double python = 0;
   if (!options.python.empty()) {
     for (const std::string how : {"map", "read"}) {
-      Result result = load_with_python(options.python, path, how, *file, options.repeat);
-      rows.push_back(
-          print_row(fmt::format("safetensors in Python, {}", how), options.size_bytes, result));
-      python = std::max(python, rows.back().gb_per_s);
+      peers.push_back({fmt::format("safetensors in Python, {}", how), [&options, &path, how] {
+                         return load_with_python(options.python, path, how);
+                       }});
     }
   }
+  io::ReadEngineOptions buffered;
+  buffered.backend = io::ReadBackend::io_uring;
+  buffered.direct = false;
+  peers.push_back(engine("io_uring through the page cache, 64 x 1 MiB", buffered));
 
-  auto engine_row = [&](const std::string& what, const io::ReadEngineOptions& engine_options) {
-    return add(what, [&] { read_with_engine(file, options, engine_options, buffer); });
-  };
-  const double engine = engine_row("the engine as it is by default", {});
-  double best = 0;
+  std::vector<Mode> sweep;
   for (uint64_t request : {256_KiB, 512_KiB, 1_MiB, 2_MiB, 4_MiB}) {
     for (unsigned depth : {4u, 16u, 64u, 128u}) {
       io::ReadEngineOptions o;
       o.backend = io::ReadBackend::io_uring;
       o.request_bytes = request;
       o.queue_depth = depth;
-      best = std::max(
-          best, engine_row(fmt::format("io_uring, {} x {}", depth, format_bytes(request)), o));
+      sweep.push_back(engine(fmt::format("io_uring, {} x {}", depth, format_bytes(request)), o));
     }
   }
-  io::ReadEngineOptions buffered;
-  buffered.backend = io::ReadBackend::io_uring;
-  buffered.direct = false;
-  engine_row("io_uring through the page cache, 64 x 1 MiB", buffered);
   for (unsigned threads : {1u, 2u, 4u, 8u}) {
     io::ReadEngineOptions o;
     o.backend = io::ReadBackend::pread;
     o.pread_threads = threads;
-    best = std::max(best, engine_row(fmt::format("pread pool, {} threads, 1 MiB", threads), o));
+    sweep.push_back(engine(fmt::format("pread pool, {} threads, 1 MiB", threads), o));
   }
-  // Both ends of the sweep, since a shared disk drifts.
-  const double again = engine_row("the engine as it is by default, again", {});
-  const double mean = (engine + again) / 2;
-  fmt::print(
-      "engine / best of the sweep {:.2f}, engine / dd bs=64M {:.2f}, best / dd bs=64M {:.2f}",
-      mean / best, mean / dd, best / dd);
-  if (python > 0) fmt::print(", engine / safetensors in Python {:.2f}", mean / python);
+
+  std::vector<Row> rows;
+  auto show = [&](const std::vector<Mode>& modes) {
+    for (const Mode& mode : modes) {
+      rows.push_back(row_of(mode, options.size_bytes));
+      print_row(rows.back());
+    }
+  };
+  auto fastest = [&](const std::vector<Mode>& modes, const std::string& prefix) {
+    const Mode* found = nullptr;
+    for (const Mode& mode : modes) {
+      if (!mode.what.starts_with(prefix)) continue;
+      if (!found || row_of(mode, 1).gb_per_s > row_of(*found, 1).gb_per_s) found = &mode;
+    }
+    return found;
+  };
+  alternate(peers, *file, options.repeat);
+  show(peers);
+  alternate(sweep, *file, options.repeat);
+  show(sweep);
+
+  // Anew, side by side: the fastest of many is partly the luckiest.
+  std::vector<Mode> last = {engine("the engine as it is by default", {})};
+  for (const Mode* mode : {fastest(sweep, ""), fastest(peers, "dd iflag=direct bs=64M"),
+                           fastest(peers, "safetensors")}) {
+    if (mode) last.push_back({mode->what, mode->run});
+  }
   fmt::print("\n");
+  alternate(last, *file, 2 * options.repeat);
+  show(last);
+  const Row own = row_of(last.front(), options.size_bytes);
+  for (const Mode& mode : std::span(last).subspan(1)) {
+    const Row other = row_of(mode, options.size_bytes);
+    fmt::print("engine / {}: {:.2f} (of the best {:.2f})\n", mode.what,
+               own.gb_per_s / other.gb_per_s, own.best_gb_per_s / other.best_gb_per_s);
+  }
   if (options.json.empty()) return;
   std::string json;
   for (const Row& row : rows) {
-    json += fmt::format("{} {{\"what\": \"{}\", \"gb_per_s\": {:.3f}, \"cpu_s\": {:.3f}}}",
-                        json.empty() ? "" : ",\n", row.what, row.gb_per_s, row.cpu_seconds);
+    json += fmt::format(
+        "{} {{\"what\": \"{}\", \"gb_per_s\": {:.3f}, \"best_gb_per_s\": {:.3f}, \"cpu_s\": "
+        "{:.3f}}}",
+        json.empty() ? "" : ",\n", row.what, row.gb_per_s, row.best_gb_per_s, row.cpu_seconds);
   }
   io::write_file(options.json, std::string_view("[\n" + json + "\n]\n"));
 }

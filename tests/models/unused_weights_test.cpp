@@ -70,7 +70,9 @@ class UnusedWeights : public ::testing::Test {
     const uint64_t read = engine->report().bytes_read;
     EXPECT_GE(read, used);
     EXPECT_LE(read, used + groups * kOverRead);
-    if (!left_out.empty()) EXPECT_GT(unused, groups * kOverRead) << "the test would not notice";
+    if (!left_out.empty()) {
+      EXPECT_GT(unused, groups * kOverRead) << "the test would not notice";
+    }
     // A call that uses everything still can.
     EXPECT_NO_THROW(model->forward_named(method, inputs, {}));
 

@@ -193,7 +193,9 @@ TEST_P(QuantizationTester, CastsAndMovesLeaveComponentsAlone) {
   for (const auto& [name, layer] : quantized_layers(*model)) {
     for (size_t i = 0; i < layer->components().size(); ++i)
       EXPECT_EQ(layer->components()[i].scalar_type(), before[name][i]) << name;
-    if (layer->bias.defined()) EXPECT_EQ(layer->bias.scalar_type(), at::kBFloat16);
+    if (layer->bias.defined()) {
+      EXPECT_EQ(layer->bias.scalar_type(), at::kBFloat16);
+    }
   }
   EXPECT_EQ(model->dtype(), at::kBFloat16);
 }
