@@ -45,6 +45,7 @@ class FreeReads {
       : scratch_(std::max<uint64_t>(scratch_bytes, 64 << 20)) {
     ferry::io::ReadEngineOptions options;
     options.queue_depth = 512;
+    options.window_bytes = 0;
     engine_ = ferry::io::make_read_engine(options);
     constexpr uint64_t kRequest = 1 << 20;
     uint64_t place = 0;
@@ -109,15 +110,17 @@ int run(int argc, char** argv) {
   const auto plan = offloading->client().plan();
   FreeReads reads(*resident->binding()->checkpoint, plan.streamed_bytes, plan.arena_bytes);
 
-  std::vector<double> cold, streaming, limit, computing, reading;
+  std::vector<double> cold, streaming, stalls, limit, computing, reading;
   for (int round = 0; round < rounds; ++round) {
     drop();
     begin = Clock::now();
     forward(*streamed);  // into the steady state
     cold.push_back(since(begin));
+    const double stalled = engine->report().stall_seconds;
     begin = Clock::now();
     for (int i = 0; i < forwards; ++i) forward(*streamed);
     streaming.push_back(since(begin) / forwards);
+    stalls.push_back((engine->report().stall_seconds - stalled) / forwards);
     engine->unload();
 
     drop();
@@ -143,12 +146,13 @@ int run(int argc, char** argv) {
       "\"first_s\": {:.4f}, \"cold_s\": {:.4f}, \"predicted_cold_s\": {:.4f}, "
       "\"predicted_step_s\": {:.4f}, "
       "\"streamed_s\": {:.4f}, \"limit_s\": {:.4f}, \"ratio\": {:.4f}, \"compute_s\": {:.4f}, "
-      "\"reads_s\": {:.4f}, \"streamed_rounds\": [{:.4f}], \"limit_rounds\": [{:.4f}], \"misses\": "
-      "{}, \"dropped\": {}}}\n",
+      "\"reads_s\": {:.4f}, \"streamed_rounds\": [{:.4f}], \"stall_rounds\": [{:.4f}], "
+      "\"limit_rounds\": [{:.4f}], \"misses\": {}, \"dropped\": {}}}\n",
       threads, budget, plan.streamed_bytes, plan.arena_bytes, plan.resident_bytes, first,
       median(cold), plan.prediction.first_step_s, plan.prediction.step_s, median(streaming),
       median(limit), median(streaming) / median(limit), median(computing), median(reading),
-      fmt::join(streaming, ", "), fmt::join(limit, ", "), report.misses, report.dropped);
+      fmt::join(streaming, ", "), fmt::join(stalls, ", "), fmt::join(limit, ", "), report.misses,
+      report.dropped);
   return 0;
 }
 

@@ -296,6 +296,7 @@ class FreeReads {
       : scratch_(std::max<uint64_t>(scratch_bytes, 64_MiB)) {
     io::ReadEngineOptions options;
     options.queue_depth = 512;
+    options.window_bytes = 0;
     reader_ = io::make_read_engine(options);
     constexpr uint64_t kRequest = 1_MiB;
     uint64_t place = 0;

@@ -146,6 +146,47 @@ TEST_P(ReadEngineTest, ManyTicketsReapedInAnyOrder) {
             std::string_view(content()).substr(0, buffer.size_bytes()));
 }
 
+// Who waits for the first of many does not wait for the others.
+TEST_P(ReadEngineTest, AWindowKeepsTheOrder) {
+  if (GetParam().backend != ReadBackend::io_uring) GTEST_SKIP() << "a pool takes them in order";
+  ReadEngineOptions o = options();
+  o.window_bytes = o.request_bytes;
+  constexpr size_t kPieces = 48;
+  for (int round = 0; round < 20; ++round) {
+    auto engine = make_read_engine(o);
+    std::vector<AlignedBuffer> buffers;
+    std::vector<ReadTicketPtr> tickets;
+    // Long ones first, which the short ones behind them would overtake.
+    for (size_t i = 0; i < kPieces; ++i) {
+      const size_t size = i % 4 == 0 ? 64 << 10 : 4 << 10;
+      buffers.emplace_back(size);
+      tickets.push_back(engine->submit({{file_, i * (8 << 10), size, size, buffers[i].data()}}));
+    }
+    while (!tickets.back()->done()) {
+      engine->poll();
+      const auto open = std::find_if(tickets.begin(), tickets.end(),
+                                     [](const ReadTicketPtr& one) { return !one->done(); });
+      EXPECT_TRUE(std::none_of(open, tickets.end(), [](const auto& one) { return one->done(); }));
+    }
+  }
+}
+
+// What the kernel holds back belongs to the thread that asked for it, and is refused when that
+// ends.
+TEST_P(ReadEngineTest, TheThreadThatAskedEnds) {
+  ReadEngineOptions o = options();
+  o.window_bytes = o.request_bytes;
+  auto engine = make_read_engine(o);
+  AlignedBuffer buffer(2 << 20);
+  ReadTicketPtr ticket;
+  std::thread([&] {
+    ticket = engine->submit({{file_, 0, buffer.size_bytes(), buffer.size_bytes(), buffer.data()}});
+  }).join();
+  EXPECT_NO_THROW(engine->wait(ticket));
+  EXPECT_EQ(seen(buffer, 0, buffer.size_bytes()),
+            std::string_view(content()).substr(0, buffer.size_bytes()));
+}
+
 TEST_P(ReadEngineTest, PollAloneGetsThere) {
   ReadEngineOptions o = options();
   o.queue_depth = 2;

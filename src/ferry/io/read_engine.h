@@ -45,6 +45,10 @@ struct ReadEngineOptions {
   uint64_t request_bytes = 1 << 20;
   // Requests in flight at once.
   unsigned queue_depth = 64;
+  // With io_uring about so many bytes of them are on their way at once, in the order of asking, and
+  // the kernel holds the rest. A disk serves all that it is given side by side: without this,
+  // whoever waits for the first of many waits for nearly all of them. 0: no order.
+  uint64_t window_bytes = 32 << 20;
   // Threads of the pread pool.
   unsigned pread_threads = 4;
   // Use O_DIRECT where possible. Off reads through the page cache (right when it holds the model).

@@ -108,8 +108,9 @@ ChunkResult take_result(Chunk& chunk, int64_t result, uint64_t& arrived, std::st
   };
   if (result < 0) {
     int reason = static_cast<int>(-result);
-    // ECANCELED without our asking: the thread that submitted it has ended.
-    bool transient = reason == EINTR || reason == EAGAIN || reason == ECANCELED;
+    // ECANCELED without our asking, and EFAULT: the thread that submitted it has ended, the latter
+    // where the kernel had not started it yet.
+    bool transient = reason == EINTR || reason == EAGAIN || reason == ECANCELED || reason == EFAULT;
     if (transient && ++chunk.retries <= kMaxRetries) return ChunkResult::again;
     if (reason == EINVAL && chunk.direct) {
       log_direct_refused(chunk);

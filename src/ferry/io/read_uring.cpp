@@ -167,6 +167,11 @@ class UringEngine final : public ReadEngine {
     io_uring_prep_read(sqe, chunk.fd(), chunk.next_into(), static_cast<unsigned>(chunk.next_size()),
                        chunk.next_offset());
     io_uring_sqe_set_data64(sqe, index);
+    // The kernel starts it when all before it have ended, with nobody here awake.
+    if (options_.window_bytes > 0 && (window_used_ += chunk.next_size()) > options_.window_bytes) {
+      io_uring_sqe_set_flags(sqe, IOSQE_IO_DRAIN);
+      window_used_ = chunk.next_size();
+    }
     slots_[index] = {std::move(chunk), true};
     return true;
   }
@@ -229,6 +234,7 @@ class UringEngine final : public ReadEngine {
   std::vector<Slot> slots_;
   std::vector<unsigned> free_;
   uint64_t bytes_read_ = 0;
+  uint64_t window_used_ = 0;
   io_uring ring_{};
 };
 

@@ -84,7 +84,7 @@ class CpuCarrier final : public Carrier {
   void poll() override { context_.reader.poll(); }
   void synchronize() override {}
   double read_rate() const override {
-    return waited_seconds_ > 0.01 ? static_cast<double>(waited_bytes_) / waited_seconds_ : 0;
+    return busy_seconds_ > 0.01 ? static_cast<double>(busy_bytes_) / busy_seconds_ : 0;
   }
 
  private:
@@ -112,18 +112,27 @@ class CpuCarrier final : public Carrier {
   void wait_for(Piece& piece) {
     context_.reader.poll();
     const bool waits = !piece.ticket->done();
-    const uint64_t before = context_.reader.bytes_read();
-    const auto began = Clock::now();
     context_.reader.wait(piece.ticket);
     if (!waits) return;
-    waited_seconds_ += std::chrono::duration<double>(Clock::now() - began).count();
-    waited_bytes_ += context_.reader.bytes_read() - before;
+    const auto now = Clock::now();
+    const uint64_t bytes = context_.reader.bytes_read();
+    if (piece.started <= last_wait_ended_) {
+      busy_seconds_ += std::chrono::duration<double>(now - last_wait_ended_).count();
+      busy_bytes_ += bytes - bytes_then_;
+    }
+    last_wait_ended_ = now;
+    bytes_then_ = bytes;
   }
 
   CarrierContext context_;
-  // Of the waits for reads: only then is it certain that the disk was busy all the time.
-  double waited_seconds_ = 0;
-  uint64_t waited_bytes_ = 0;
+  // Between the ends of two waits, where what the second waited for was asked for before the first
+  // ended: only then is it certain that the disk was busy all the time. The waits alone would tell
+  // too much: requests that share the disk complete together, so that a short wait sees the end of
+  // many.
+  double busy_seconds_ = 0;
+  uint64_t busy_bytes_ = 0;
+  Clock::time_point last_wait_ended_ = {};
+  uint64_t bytes_then_ = 0;
 };
 
 }  // namespace
