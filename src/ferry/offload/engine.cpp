@@ -87,6 +87,13 @@ Engine::Engine(EngineOptions options)
 
 Engine::~Engine() {
   std::unique_lock lock(mutex_);
+  // What was read ahead may still be on its way into the arena, on a stream that its memory knows
+  // nothing of: whoever gets that next would be written over.
+  try {
+    if (carrier_) carrier_->synchronize();
+  } catch (const std::exception& error) {
+    log::error("the device does not answer at the engine's end: {}", error.what());
+  }
   std::unique_ptr<Carrier> carrier = std::move(carrier_);
   lock.unlock();  // its thread may be waiting for the mutex
 }
