@@ -214,7 +214,7 @@ def test_weights_stay_away_while_an_adapter_comes_and_goes(shapes, tmp_path, to_
 def test_a_module_that_cannot_be_laid_anew_has_its_weights(shapes, monkeypatch):
     model = diffusers.FluxTransformer2DModel.from_pretrained(shapes / "transformer")
     expected = _run(model)
-    for where in ("rebuild_wrappers", "collect_slots"):  # before and after the new client took them
+    for where in ("collect_slots", "rebuild_wrappers"):  # before and after the new client took them
         made = ferry.apply_group_offloading(model, "cpu", offload_type="leaf_level")
         with monkeypatch.context() as patch:
             times = iter([True, False, False])

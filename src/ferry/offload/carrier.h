@@ -60,7 +60,7 @@ class Carrier {
   virtual void poll() = 0;
   // Waits until nothing that was enqueued uses the arena. Not for the step loop.
   virtual void synchronize() = 0;
-  // Of the disk, bytes a second, as seen while a lease waited for it; 0 if none ever did.
+  // Of the disk, bytes a second, as seen between leases that waited for it; 0 if too few did.
   virtual double read_rate() const { return 0; }
   // Pinned host memory that it has, and the most of it ever held.
   virtual uint64_t host_bytes() const { return 0; }

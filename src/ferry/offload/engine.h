@@ -112,7 +112,7 @@ struct Report {
   double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
-  double read_bytes_per_s = 0;       // of the disk, while a lease waited for it; 0: none did
+  double read_bytes_per_s = 0;       // of the disk, between leases that waited; 0: too few
   uint64_t resident_bytes = 0;       // of the active component
   uint64_t arena_bytes = 0;
   uint64_t small_bytes = 0;      // of all components
