@@ -42,7 +42,7 @@ enum class ReadBackend { automatic, io_uring, pread };
 struct ReadEngineOptions {
   ReadBackend backend = ReadBackend::automatic;
   // Bytes of one request to the kernel; larger ranges are split. Default: what bench/io found best.
-  uint64_t request_bytes = 1 << 20;
+  uint64_t request_bytes = 512 << 10;
   // Requests in flight at once.
   unsigned queue_depth = 64;
   // With io_uring about so many bytes of them are on their way at once, in the order of asking, and

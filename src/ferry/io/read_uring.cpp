@@ -1,9 +1,12 @@
 // io_uring: the consumer's own thread submits and reaps, no other thread is involved.
 #include <liburing.h>
+#include <poll.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "ferry/base/error.h"
@@ -18,27 +21,44 @@ struct Slot {
   Chunk chunk;
   bool used = false;
 };
+constexpr uint64_t kBarrier = ~uint64_t{0};
+
+// Closes itself.
+class Ring {
+ public:
+  // Throws IoError if it cannot be had.
+  explicit Ring(unsigned entries) {
+    int error = io_uring_queue_init(entries, &ring_, 0);
+    if (error == 0) return;
+    const char* hint = "";
+    if (error == -EPERM) hint = " (seccomp or kernel.io_uring_disabled)";
+    if (error == -ENOMEM) hint = " (memlock limit)";
+    throw_error<IoError>("io_uring_setup refused: {}{}", std::strerror(-error), hint);
+  }
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+  ~Ring() { io_uring_queue_exit(&ring_); }
+
+  io_uring* get() { return &ring_; }
+  int fd() const { return ring_.ring_fd; }
+
+ private:
+  io_uring ring_{};
+};
 
 class UringEngine final : public ReadEngine {
  public:
   UringEngine(const ReadEngineOptions& options, std::string reason)
-      : options_(options), limiter_(options.rate_limit_bytes_per_s), slots_(options.queue_depth) {
-    int error = io_uring_queue_init(options.queue_depth, &ring_, 0);
-    if (error < 0) {
-      const char* hint = "";
-      if (error == -EPERM) hint = " (seccomp or kernel.io_uring_disabled)";
-      if (error == -ENOMEM) hint = " (memlock limit)";
-      throw_error<IoError>("io_uring_setup refused: {}{}", std::strerror(-error), hint);
-    }
-    io_uring_probe* probe = io_uring_get_probe_ring(&ring_);
+      : options_(options),
+        reason_(std::move(reason)),
+        limiter_(options.rate_limit_bytes_per_s),
+        slots_(options.queue_depth),
+        rings_{Ring(options.queue_depth + 1), Ring(options.queue_depth + 1)} {  // and a barrier
+    io_uring_probe* probe = io_uring_get_probe_ring(rings_[0].get());
     bool can_read = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_READ) != 0;
     io_uring_free_probe(probe);
-    if (!can_read) {
-      io_uring_queue_exit(&ring_);
-      throw IoError("this kernel's io_uring has no read operation (Linux 5.6 has)");
-    }
+    if (!can_read) throw IoError("this kernel's io_uring has no read operation (Linux 5.6 has)");
     for (unsigned i = 0; i < slots_.size(); ++i) free_.push_back(i);
-    reason_ = std::move(reason);
   }
 
   ~UringEngine() override {
@@ -52,7 +72,6 @@ class UringEngine final : public ReadEngine {
     } catch (const std::exception& error) {
       log::error("io_uring: {}", error.what());
     }
-    io_uring_queue_exit(&ring_);
   }
 
   ReadTicketPtr submit(std::vector<ReadRequest> requests) override {
@@ -93,12 +112,15 @@ class UringEngine final : public ReadEngine {
   // empty one costs no system call.
   void reap() {
     io_uring_cqe* batch[64];
-    unsigned count = 0;
-    while ((count = io_uring_peek_batch_cqe(&ring_, batch, 64)) > 0) {
-      for (unsigned i = 0; i < count; ++i) {
-        complete(static_cast<unsigned>(io_uring_cqe_get_data64(batch[i])), batch[i]->res);
+    for (Ring& ring : rings_) {
+      unsigned count = 0;
+      while ((count = io_uring_peek_batch_cqe(ring.get(), batch, 64)) > 0) {
+        for (unsigned i = 0; i < count; ++i) {
+          const uint64_t index = io_uring_cqe_get_data64(batch[i]);
+          if (index != kBarrier) complete(static_cast<unsigned>(index), batch[i]->res);
+        }
+        io_uring_cq_advance(ring.get(), count);
       }
-      io_uring_cq_advance(&ring_, count);
     }
   }
 
@@ -148,30 +170,47 @@ class UringEngine final : public ReadEngine {
 
   // Hands prepared requests to the kernel. What it does not take now, it takes at the next call.
   void flush() {
-    if (io_uring_sq_ready(&ring_) == 0) return;
-    int result = 0;
-    do {
-      result = io_uring_submit(&ring_);
-    } while (result == -EINTR);
-    // EAGAIN, EBUSY: the kernel is short of memory or wants completions taken in first.
-    if (result < 0 && result != -EAGAIN && result != -EBUSY) {
-      throw_error<IoError>("io_uring_enter failed: {}", std::strerror(-result));
+    for (Ring& ring : rings_) {
+      if (io_uring_sq_ready(ring.get()) == 0) continue;
+      int result = 0;
+      do {
+        result = io_uring_submit(ring.get());
+      } while (result == -EINTR);
+      // EAGAIN, EBUSY: the kernel is short of memory or wants completions taken in first.
+      if (result < 0 && result != -EAGAIN && result != -EBUSY) {
+        throw_error<IoError>("io_uring_enter failed: {}", std::strerror(-result));
+      }
     }
   }
 
+  // The window has two halves, each with a ring of its own: when one is full the next reads go to
+  // the other ring, behind a barrier that waits for the half before in that ring. The kernel does
+  // that with nobody here awake, and the disk has always at least half a window before it; with one
+  // ring it would run dry at each barrier.
   bool prepare(Chunk& chunk) {
-    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-    if (sqe == nullptr) return false;
+    const uint64_t half_bytes = options_.window_bytes / 2;
+    // Halves that began together would also end together.
+    if (in_flight() == 0) half_used_ = half_bytes / 2;
+    const bool full = half_bytes > 0 && half_used_ + chunk.next_size() > half_bytes;
+    const size_t half = full ? 1 - half_ : half_;
+    io_uring* ring = rings_[half].get();
+    if (io_uring_sq_space_left(ring) < 2) return false;
+    if (full) {
+      // A barrier that is a read would itself be waited for by all behind it.
+      io_uring_sqe* barrier = io_uring_get_sqe(ring);
+      io_uring_prep_nop(barrier);
+      io_uring_sqe_set_flags(barrier, IOSQE_IO_DRAIN);
+      io_uring_sqe_set_data64(barrier, kBarrier);
+      half_used_ = 0;
+    }
+    half_ = half;
+    half_used_ += chunk.next_size();
     unsigned index = free_.back();
     free_.pop_back();
+    io_uring_sqe* sqe = io_uring_get_sqe(ring);
     io_uring_prep_read(sqe, chunk.fd(), chunk.next_into(), static_cast<unsigned>(chunk.next_size()),
                        chunk.next_offset());
     io_uring_sqe_set_data64(sqe, index);
-    // The kernel starts it when all before it have ended, with nobody here awake.
-    if (options_.window_bytes > 0 && (window_used_ += chunk.next_size()) > options_.window_bytes) {
-      io_uring_sqe_set_flags(sqe, IOSQE_IO_DRAIN);
-      window_used_ = chunk.next_size();
-    }
     slots_[index] = {std::move(chunk), true};
     return true;
   }
@@ -196,33 +235,31 @@ class UringEngine final : public ReadEngine {
       if (finished()) return;
       start();
       if (finished()) return;
-      if (io_uring_cq_ready(&ring_) > 0) continue;
       if (in_flight() == 0 && !(limiter_.limited() && queue_.front())) continue;
       sleep();
     }
   }
 
   void sleep() {
-    io_uring_cqe* cqe = nullptr;
-    int result = 0;
+    using std::chrono::nanoseconds;
+    std::optional<nanoseconds> timeout;
     const std::shared_ptr<Ticket>& next = queue_.front();
-    if (io_uring_sq_ready(&ring_) > 0) {
+    const auto refused = [](Ring& ring) { return io_uring_sq_ready(ring.get()) > 0; };
+    if (std::any_of(rings_.begin(), rings_.end(), refused)) {
       // The kernel refused some for now; nothing may complete that would wake us.
-      __kernel_timespec timeout{.tv_sec = 0, .tv_nsec = 1'000'000};
-      result = io_uring_wait_cqe_timeout(&ring_, &cqe, &timeout);
+      timeout = std::chrono::milliseconds(1);
     } else if (limiter_.limited() && next && !free_.empty()) {
       auto start = limiter_.start_of(next->next_size(options_.request_bytes));
-      auto left =
-          std::chrono::duration_cast<std::chrono::nanoseconds>(start - RateLimiter::Clock::now())
-              .count();
-      left = std::clamp<decltype(left)>(left, 0, 1'000'000'000);
-      __kernel_timespec timeout{.tv_sec = left / 1'000'000'000, .tv_nsec = left % 1'000'000'000};
-      result = io_uring_wait_cqe_timeout(&ring_, &cqe, &timeout);
-    } else {
-      result = io_uring_wait_cqe(&ring_, &cqe);
+      timeout = std::clamp<nanoseconds>(start - RateLimiter::Clock::now(), nanoseconds(0),
+                                        std::chrono::seconds(1));
     }
-    if (result < 0 && result != -EINTR && result != -ETIME && result != -EAGAIN) {
-      throw_error<IoError>("io_uring: waiting for reads failed: {}", std::strerror(-result));
+    timespec limit{};
+    if (timeout) limit = {timeout->count() / 1'000'000'000, timeout->count() % 1'000'000'000};
+    std::array<pollfd, 2> completions = {pollfd{rings_[0].fd(), POLLIN, 0},
+                                         pollfd{rings_[1].fd(), POLLIN, 0}};
+    int result = ppoll(completions.data(), completions.size(), timeout ? &limit : nullptr, nullptr);
+    if (result < 0 && errno != EINTR && errno != EAGAIN) {
+      throw_error<IoError>("io_uring: waiting for reads failed: {}", std::strerror(errno));
     }
   }
 
@@ -234,8 +271,9 @@ class UringEngine final : public ReadEngine {
   std::vector<Slot> slots_;
   std::vector<unsigned> free_;
   uint64_t bytes_read_ = 0;
-  uint64_t window_used_ = 0;
-  io_uring ring_{};
+  std::array<Ring, 2> rings_;
+  size_t half_ = 0;         // of the window, that reads are added to
+  uint64_t half_used_ = 0;  // of its bytes
 };
 
 }  // namespace
