@@ -33,6 +33,44 @@ TEST(Arena, WrapsAround) {
   EXPECT_EQ(*c, 0u);
 }
 
+TEST(Arena, InTurnWaitsForItsPlace) {
+  Arena arena(Memory::on(at::kCPU, 6 * kPage));
+  auto a = arena.allocate_in_turn(2 * kPage), b = arena.allocate_in_turn(2 * kPage);
+  ASSERT_TRUE(a && b);
+  EXPECT_FALSE(arena.allocate_in_turn(3 * kPage)) << "the end comes before, and a is at the start";
+  arena.release(*a);
+  EXPECT_EQ(arena.allocate_in_turn(2 * kPage), 4 * kPage) << "behind b";
+  EXPECT_FALSE(arena.allocate_in_turn(3 * kPage)) << "b is in the way";
+  EXPECT_EQ(arena.allocate_in_turn(kPage), 0u);
+  arena.release(4 * kPage);
+  EXPECT_FALSE(arena.allocate_in_turn(2 * kPage)) << "a hole further on is not its turn";
+  EXPECT_EQ(arena.allocate(2 * kPage), 4 * kPage) << "who cannot wait takes it";
+}
+
+TEST(Arena, InTurnGoesPastWhatStays) {
+  Arena arena(Memory::on(at::kCPU, 6 * kPage));
+  auto a = arena.allocate_in_turn(kPage), b = arena.allocate_in_turn(kPage),
+       c = arena.allocate_in_turn(2 * kPage);
+  ASSERT_TRUE(a && b && c);
+  arena.make_lasting(*b);
+  arena.set_ring_bytes(5 * kPage);
+  EXPECT_EQ(arena.allocate_in_turn(2 * kPage), 4 * kPage);
+  arena.release(*c);
+  EXPECT_FALSE(arena.allocate_in_turn(2 * kPage)) << "a is in its way";
+  arena.release(*a);
+  EXPECT_EQ(arena.allocate_in_turn(2 * kPage), 2 * kPage) << "too long for the page before b";
+  EXPECT_FALSE(arena.ring_has_room(2 * kPage));
+  EXPECT_TRUE(arena.ring_has_room(kPage)) << "what stays is not the ring's";
+}
+
+TEST(Arena, WhatIsTakenBackUnusedLeavesNoGap) {
+  Arena arena(Memory::on(at::kCPU, 4 * kPage));
+  auto a = arena.allocate_in_turn(kPage), b = arena.allocate_in_turn(2 * kPage);
+  ASSERT_TRUE(a && b);
+  arena.release(*b);
+  EXPECT_EQ(arena.allocate_in_turn(3 * kPage), kPage);
+}
+
 TEST(Arena, ReleasingTwiceIsAnError) {
   Arena arena(Memory::on(at::kCPU, kPage));
   auto a = arena.allocate(kPage);

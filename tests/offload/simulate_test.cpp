@@ -198,8 +198,11 @@ TEST(ArenaModel, AnswersAsTheArenaDoes) {
         continue;
       }
       const uint64_t bytes = random() % (size / 2 + 1);
-      std::optional<uint64_t> expected = arena.allocate(bytes);
-      EXPECT_EQ(model.allocate(bytes), expected.value_or(ArenaModel::kNone));
+      const bool in_turn = random() % 2 == 0;
+      std::optional<uint64_t> expected =
+          in_turn ? arena.allocate_in_turn(bytes) : arena.allocate(bytes);
+      EXPECT_EQ(in_turn ? model.allocate_in_turn(bytes) : model.allocate(bytes),
+                expected.value_or(ArenaModel::kNone));
       if (expected) taken.push_back(*expected);
     }
   }

@@ -1,6 +1,7 @@
 #include "ferry/offload/arena.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "ferry/base/error.h"
 
@@ -37,8 +38,31 @@ std::optional<uint64_t> Arena::allocate(uint64_t size_bytes) {
   std::optional<uint64_t> offset = search(cursor_, this->size_bytes());
   if (!offset) offset = search(0, cursor_);
   if (!offset) return std::nullopt;
-  take(*offset, size);
-  cursor_ = *offset + size;
+  return take_streamed(*offset, size);
+}
+
+std::optional<uint64_t> Arena::allocate_in_turn(uint64_t size_bytes) {
+  const uint64_t size = std::max(round_up(size_bytes), kAlignment);
+  if (ring_used_ + size > ring_bytes_) return std::nullopt;
+  if (ring_used_ == 0) return allocate(size_bytes);
+  bool from_start = false;
+  for (uint64_t offset = cursor_;;) {
+    if (offset + size > this->size_bytes()) {
+      if (std::exchange(from_start, true)) return std::nullopt;
+      offset = 0;
+      continue;
+    }
+    auto next = taken_.upper_bound(offset);
+    if (next != taken_.begin() && std::prev(next)->first + std::prev(next)->second > offset) --next;
+    if (next == taken_.end() || next->first >= offset + size) return take_streamed(offset, size);
+    if (lasting_.count(next->first) == 0) return std::nullopt;
+    offset = next->first + next->second;
+  }
+}
+
+uint64_t Arena::take_streamed(uint64_t offset, uint64_t size) {
+  take(offset, size);
+  cursor_ = offset + size;
   ring_used_ += size;
   return offset;
 }
@@ -57,11 +81,19 @@ std::optional<uint64_t> Arena::allocate_lasting(uint64_t size_bytes) {
   return limit - size;
 }
 
+void Arena::make_lasting(uint64_t offset) {
+  if (lasting_.insert(offset).second) ring_used_ -= taken_.at(offset);
+}
+
 void Arena::release(uint64_t offset, Fence fence) {
   auto entry = taken_.find(offset);
   if (entry == taken_.end()) throw_error<Error>("arena: offset {} was released twice", offset);
   used_ -= entry->second;
-  if (lasting_.erase(offset) == 0) ring_used_ -= entry->second;
+  if (lasting_.erase(offset) == 0) {
+    ring_used_ -= entry->second;
+    // The last one, taken back before it was used: its turn comes again.
+    if (!fence && offset + entry->second == cursor_) cursor_ = offset;
+  }
   if (fence) fences_.push_back({offset, offset + entry->second, std::move(fence)});
   taken_.erase(entry);
 }

@@ -20,10 +20,11 @@ namespace ferry::offload {
 // What a later writer of a range has to wait for; null where compute is done when a call returns.
 using Fence = std::shared_ptr<const c10::Event>;
 
-// Hands out ranges of one Memory. Streamed ranges next-fit: in steady state that is a ring, and a
-// range that is released out of order leaves a hole instead of blocking the ring. Lasting ranges
-// (residents) come from the end, so that they do not split the ring. Sizes differ freely. Not
-// thread-safe.
+// Hands out ranges of one Memory. Streamed ranges that are asked for in turn go around a ring,
+// strictly one behind the other: where each lies then follows from the order alone, not from which
+// of two was released first, and a plan that was simulated runs as simulated. Who cannot wait takes
+// the next hole that is large enough. Lasting ranges (residents) come from the end, so that they do
+// not split the ring. Sizes differ freely. Not thread-safe.
 class Arena {
  public:
   // What every range starts on and is rounded up to; a multiple of what O_DIRECT wants.
@@ -39,7 +40,12 @@ class Arena {
   void set_ring_bytes(uint64_t bytes) { ring_bytes_ = bytes; }
   // The offset of a free range, or nothing if no hole is large enough.
   std::optional<uint64_t> allocate(uint64_t size_bytes);
+  // Behind the last streamed range, or at the start if it does not fit before the end; past lasting
+  // ranges. Nothing if a streamed range is in the way, which will go.
+  std::optional<uint64_t> allocate_in_turn(uint64_t size_bytes);
   std::optional<uint64_t> allocate_lasting(uint64_t size_bytes);
+  // A streamed range stays after all.
+  void make_lasting(uint64_t offset);
   // Whoever gets these bytes next has to wait for `fence` before it writes there.
   // REQUIRES: `offset` came from allocate() and, without a fence, nothing uses the bytes any more.
   void release(uint64_t offset, Fence fence = nullptr);
@@ -66,6 +72,7 @@ class Arena {
     Fence fence;
   };
   void take(uint64_t offset, uint64_t size);
+  uint64_t take_streamed(uint64_t offset, uint64_t size);
 
   Memory memory_;
   std::map<uint64_t, uint64_t> taken_;  // offset -> size

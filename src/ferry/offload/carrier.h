@@ -27,6 +27,11 @@ struct CarrierContext {
   uint64_t host_memory_bytes = 0;  // pinned; accelerators only
 };
 
+enum class Urgency {
+  ahead,  // keeps to the arena's order
+  now,    // somebody waits: any hole will do
+};
+
 enum class Start {
   begun,
   no_room,     // in the arena
@@ -39,7 +44,7 @@ class Carrier {
 
   // Reserves memory for an absent piece and begins to bring it. Throws IoError (the file changed
   // since it was opened).
-  virtual Start start(Piece& piece) = 0;
+  virtual Start start(Piece& piece, Urgency urgency) = 0;
   // After no_staging: waits until some is free. False if none will ever be. Throws what made
   // the device fail.
   virtual bool wait_for_staging(std::unique_lock<std::mutex>& lock) { return false; }
@@ -53,6 +58,8 @@ class Carrier {
   virtual Fence fence() noexcept = 0;
   // What this thread enqueues from now on waits for `fence`, which may be null.
   virtual void follow(const Fence& fence) {}
+  // A streamed piece that is here or on its way stays after all.
+  virtual void keep(Piece& piece) = 0;
   // Takes the piece's memory back once `fence` has passed; reads in flight are cancelled. What a
   // host home holds stays unless `forget_host`.
   virtual void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept = 0;

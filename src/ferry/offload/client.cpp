@@ -240,7 +240,7 @@ void Client::read_ahead_locked() {
   if (!engine_.options_.read_ahead || !options_.read_ahead || (pass_depth_ == 0 && order_is_guess_))
     return;
   if (filling_) {
-    if (!start_locked(*filling_)) return;
+    if (!start_locked(*filling_, Urgency::ahead)) return;
     filling_ = nullptr;
   }
   // At most one cycle ahead. `budget` ends the loop where every group of a guessed order was used.
@@ -257,7 +257,7 @@ void Client::read_ahead_locked() {
     const size_t group = order_[cursor_];
     State& state = *states_[group];
     if (!(order_is_guess_ && state.used_in_pass)) {
-      const bool whole = start_locked(state);
+      const bool whole = start_locked(state, Urgency::ahead);
       if (!whole && state.is_absent()) return;
       ++state.predicted;
       pending_.push_back({group, cursor_});
@@ -283,12 +283,12 @@ void Client::read_ahead_quietly_locked() noexcept {
 void Client::bring_first_locked() {
   while (cursor_ < order_.size() && pending_.size() < order_.size()) {
     if (filling_) {
-      if (!start_locked(*filling_)) return;
+      if (!start_locked(*filling_, Urgency::ahead)) return;
       filling_ = nullptr;
       continue;
     }
     State& state = *states_[order_[cursor_]];
-    const bool whole = start_locked(state);
+    const bool whole = start_locked(state, Urgency::ahead);
     if (!whole && state.is_absent()) return;
     ++state.predicted;
     pending_.push_back({order_[cursor_], cursor_});
@@ -319,7 +319,7 @@ bool Client::evict_one_locked() {
 
 // ---- one group ----
 
-bool Client::start_locked(State& state) {
+bool Client::start_locked(State& state, Urgency urgency) {
   // What stays for the whole pass goes to the arena's end, not into a hole between others that go.
   if (state.group.keep_resident && state.is_absent() && !engine_.holds_all_locked()) {
     while (engine_.evict_inactive_locked(*this)) {
@@ -328,7 +328,7 @@ bool Client::start_locked(State& state) {
   for (; state.started < state.pieces.size(); ++state.started) {
     Piece& piece = state.pieces[state.started];
     Start outcome = Start::begun;
-    while ((outcome = engine_.carrier_->start(piece)) != Start::begun) {
+    while ((outcome = engine_.carrier_->start(piece, urgency)) != Start::begun) {
       no_staging_ = outcome == Start::no_staging;
       const bool own_limit =
           !piece.resident && !engine_.arena_.ring_has_room(
@@ -345,7 +345,7 @@ bool Client::start_locked(State& state) {
 
 void Client::start_or_evict_locked(State& state, std::unique_lock<std::mutex>& lock) {
   bool restarted = false;
-  while (!start_locked(state)) {
+  while (!start_locked(state, Urgency::now)) {
     if (no_staging_) {
       engine_.somebody_waits_ = true;
       const auto waited = c10::make_scope_exit([&] { engine_.somebody_waits_ = false; });

@@ -134,8 +134,12 @@ void Client::adopt_plan_locked(Plan plan) {
     state.placement = plan_.placements[i];
     for (Piece& piece : state.pieces) {
       // A piece that is here keeps its place.
-      if (piece.where == Whereabouts::absent)
-        piece.resident = state.placement == Placement::resident;
+      const bool resident = state.placement == Placement::resident;
+      if (piece.where == Whereabouts::absent) {
+        piece.resident = resident;
+      } else if (resident && !piece.resident) {
+        engine_.carrier_->keep(piece);
+      }
     }
   }
 }

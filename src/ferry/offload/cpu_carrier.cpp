@@ -27,12 +27,14 @@ class CpuCarrier final : public Carrier {
  public:
   explicit CpuCarrier(CarrierContext context) : context_(std::move(context)) {}
 
-  Start start(Piece& piece) override {
+  Start start(Piece& piece, Urgency urgency) override {
+    // What is converted takes two ranges of which the first goes early: it need not go around.
+    if (piece.convert_bytes > 0) urgency = Urgency::now;
     // Where everything is converted the stored bytes do not stay.
-    piece.read_at = allocate(piece.resident && !piece.all_converted, piece.read_bytes);
+    piece.read_at = allocate(piece.resident && !piece.all_converted, piece.read_bytes, urgency);
     if (!piece.read_at) return Start::no_room;
     if (piece.convert_bytes > 0) {
-      piece.convert_at = allocate(piece.resident, piece.convert_bytes);
+      piece.convert_at = allocate(piece.resident, piece.convert_bytes, urgency);
       if (!piece.convert_at) {
         free_ranges(piece);
         return Start::no_room;
@@ -73,6 +75,12 @@ class CpuCarrier final : public Carrier {
 
   Fence fence() noexcept override { return nullptr; }
 
+  void keep(Piece& piece) override {
+    if (piece.read_at && !piece.all_converted) context_.arena.make_lasting(*piece.read_at);
+    if (piece.convert_at) context_.arena.make_lasting(*piece.convert_at);
+    piece.resident = true;
+  }
+
   void drop(Piece& piece, const Fence&, bool) noexcept override {
     if (piece.ticket) context_.reader.cancel(piece.ticket);
     piece.ticket.reset();
@@ -88,8 +96,10 @@ class CpuCarrier final : public Carrier {
   }
 
  private:
-  std::optional<uint64_t> allocate(bool lasting, uint64_t bytes) {
-    return lasting ? context_.arena.allocate_lasting(bytes) : context_.arena.allocate(bytes);
+  std::optional<uint64_t> allocate(bool lasting, uint64_t bytes, Urgency urgency) {
+    if (lasting) return context_.arena.allocate_lasting(bytes);
+    return urgency == Urgency::now ? context_.arena.allocate(bytes)
+                                   : context_.arena.allocate_in_turn(bytes);
   }
 
   void free_ranges(Piece& piece) noexcept {

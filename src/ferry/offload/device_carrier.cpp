@@ -48,10 +48,11 @@ class DeviceCarrier final : public Carrier {
     thread_.join();
   }
 
-  Start start(Piece& piece) override {
+  Start start(Piece& piece, Urgency urgency) override {
     Arena& arena = context_.arena;
-    piece.arena_at = piece.resident ? arena.allocate_lasting(piece.flat_bytes)
-                                    : arena.allocate(piece.flat_bytes);
+    piece.arena_at = piece.resident            ? arena.allocate_lasting(piece.flat_bytes)
+                     : urgency == Urgency::now ? arena.allocate(piece.flat_bytes)
+                                               : arena.allocate_in_turn(piece.flat_bytes);
     if (!piece.arena_at) return Start::no_room;
     if (piece.staged) {
       enqueue_copies(piece);
@@ -73,6 +74,11 @@ class DeviceCarrier final : public Carrier {
     reading_.push_back(&piece);
     changed_.notify_all();
     return Start::begun;
+  }
+
+  void keep(Piece& piece) override {
+    if (piece.arena_at) context_.arena.make_lasting(*piece.arena_at);
+    piece.resident = true;
   }
 
   bool wait_for_staging(std::unique_lock<std::mutex>& lock) override {

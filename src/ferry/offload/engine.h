@@ -32,6 +32,7 @@ class OutOfMemoryError;
 namespace ferry::offload {
 
 class Carrier;
+enum class Urgency;
 class Client;
 class Engine;
 
@@ -332,7 +333,7 @@ class Client {
   void bring_first_locked();
   // Reserves memory for what is missing of a group and begins to bring it; false if there is no
   // room.
-  bool start_locked(State& state);
+  bool start_locked(State& state, Urgency urgency);
   void start_or_evict_locked(State& state, std::unique_lock<std::mutex>& lock);
   void arrive_locked(State& state, std::unique_lock<std::mutex>& lock);
   void drop_locked(State& state, bool forget_host = false) noexcept;

@@ -33,6 +33,18 @@ uint64_t ArenaModel::allocate(uint64_t size_bytes) {
   uint64_t offset = search(cursor_, size_, size);
   if (offset == kNone) offset = search(0, cursor_, size);
   if (offset == kNone) return kNone;
+  return take(offset, size);
+}
+
+uint64_t ArenaModel::allocate_in_turn(uint64_t size_bytes) {
+  if (taken_.empty()) return allocate(size_bytes);
+  const uint64_t size = std::max(Arena::round_up(size_bytes), uint64_t{Arena::kAlignment});
+  const uint64_t offset = cursor_ + size <= size_ ? cursor_ : 0;
+  if (search(offset, offset + 1, size) != offset) return kNone;
+  return take(offset, size);
+}
+
+uint64_t ArenaModel::take(uint64_t offset, uint64_t size) {
   auto place = std::upper_bound(taken_.begin(), taken_.end(), offset,
                                 [](uint64_t at, const Range& range) { return at < range.offset; });
   taken_.insert(place, {offset, size});
@@ -45,6 +57,7 @@ void ArenaModel::release(uint64_t offset) {
                                 [](const Range& entry, uint64_t at) { return entry.offset < at; });
   if (range == taken_.end() || range->offset != offset)
     throw_error<Error>("arena model: offset {} was released twice", offset);
+  if (offset + range->size == cursor_) cursor_ = offset;
   taken_.erase(range);
 }
 
@@ -238,7 +251,9 @@ void Simulator::State::ask() {
     GroupNow& state = now[group];
     if (state.where == GroupNow::Where::absent) {
       if (transits[group].streamed) {
-        state.offset = arena.allocate(groups[group].arena_bytes);
+        const bool somebody_waits = asked + 1 == leased;
+        state.offset = somebody_waits ? arena.allocate(groups[group].arena_bytes)
+                                      : arena.allocate_in_turn(groups[group].arena_bytes);
         if (state.offset == ArenaModel::kNone) return;
       }
       enqueue(group);

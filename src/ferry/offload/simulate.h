@@ -76,6 +76,7 @@ class ArenaModel {
   explicit ArenaModel(uint64_t size_bytes = 0);
   // The offset, or kNone if no hole is large enough.
   uint64_t allocate(uint64_t size_bytes);
+  uint64_t allocate_in_turn(uint64_t size_bytes);
   void release(uint64_t offset);
 
   static constexpr uint64_t kNone = ~uint64_t{0};
@@ -85,6 +86,7 @@ class ArenaModel {
     uint64_t offset, size;
   };
   uint64_t search(uint64_t begin, uint64_t end, uint64_t size) const;
+  uint64_t take(uint64_t offset, uint64_t size);
   std::vector<Range> taken_;  // by offset
   uint64_t size_ = 0;
   uint64_t cursor_ = 0;
