@@ -193,7 +193,7 @@ TEST_P(ReadEngineTest, TheThreadThatAskedEnds) {
 
 TEST_P(ReadEngineTest, PollAloneGetsThere) {
   ReadEngineOptions o = options();
-  o.queue_depth = 2;
+  o.queue_depth = 1;
   auto engine = make_read_engine(o);
   AlignedBuffer buffer(1 << 20);
   ReadTicketPtr ticket = engine->submit({{file_, 0, 1 << 20, 1 << 20, buffer.data()}});
