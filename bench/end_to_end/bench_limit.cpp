@@ -22,6 +22,7 @@
 #include "ferry/hooks/group_offloading.h"
 #include "ferry/models/model.h"
 #include "ferry/weights/checkpoint.h"
+#include "free_reads.h"
 
 namespace {
 
@@ -36,35 +37,6 @@ double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
 }
-
-// The same bytes as a streamed step, in requests of the engine's size, into a scratch of the
-// arena's size that is overwritten again and again.
-class FreeReads {
- public:
-  FreeReads(const ferry::weights::Checkpoint& checkpoint, uint64_t bytes, uint64_t scratch_bytes)
-      : scratch_(std::max<uint64_t>(scratch_bytes, 64 << 20)) {
-    ferry::io::ReadEngineOptions options;
-    options.queue_depth = 512;
-    options.window_bytes = 0;
-    engine_ = ferry::io::make_read_engine(options);
-    constexpr uint64_t kRequest = 1 << 20;
-    uint64_t place = 0;
-    for (const auto& file : checkpoint.files()) {
-      for (uint64_t offset = 0; offset + kRequest <= file->size_bytes() && bytes >= kRequest;
-           offset += kRequest) {
-        requests_.push_back({file, offset, kRequest, kRequest, scratch_.data() + place});
-        place = (place + kRequest) % (scratch_.size_bytes() / kRequest * kRequest);
-        bytes -= kRequest;
-      }
-    }
-  }
-  void run() { engine_->wait(engine_->submit(requests_)); }
-
- private:
-  ferry::io::AlignedBuffer scratch_;
-  std::unique_ptr<ferry::io::ReadEngine> engine_;
-  std::vector<ferry::io::ReadRequest> requests_;
-};
 
 int run(int argc, char** argv) {
   const std::string folder = argv[1];
@@ -108,7 +80,8 @@ int run(int argc, char** argv) {
   }
   for (int i = 0; i < 3; ++i) forward(*streamed);  // the plan follows the first passes' times
   const auto plan = offloading->client().plan();
-  FreeReads reads(*resident->binding()->checkpoint, plan.streamed_bytes, plan.arena_bytes);
+  ferry::bench::FreeReads reads(resident->binding()->checkpoint->files(), plan.streamed_bytes,
+                                plan.arena_bytes);
 
   std::vector<double> cold, streaming, stalls, limit, computing, reading;
   for (int round = 0; round < rounds; ++round) {

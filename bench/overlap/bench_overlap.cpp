@@ -35,6 +35,7 @@
 #include "ferry/offload/engine.h"
 #include "ferry/testing/fake_accelerator.h"
 #include "ferry/weights/stub.h"
+#include "free_reads.h"
 
 namespace {
 
@@ -289,32 +290,6 @@ class Compute {
   double one_s_ = 0;
 };
 
-// The bytes that a pass streams, in requests of the engine's size, into a scratch of the arena's.
-class FreeReads {
- public:
-  FreeReads(const Weights& weights, uint64_t bytes, uint64_t scratch_bytes)
-      : scratch_(std::max<uint64_t>(scratch_bytes, 64_MiB)) {
-    io::ReadEngineOptions options;
-    options.queue_depth = 512;
-    options.window_bytes = 0;
-    reader_ = io::make_read_engine(options);
-    constexpr uint64_t kRequest = 1_MiB;
-    uint64_t place = 0;
-    const auto& file = weights.checkpoint().files().front();
-    for (uint64_t at = 0; at + kRequest <= file->size_bytes() && bytes >= kRequest;
-         at += kRequest, bytes -= kRequest) {
-      requests_.push_back({file, at, kRequest, kRequest, scratch_.data() + place});
-      place = (place + kRequest) % (scratch_.size_bytes() / kRequest * kRequest);
-    }
-  }
-  void run() { reader_->wait(reader_->submit(requests_)); }
-
- private:
-  io::AlignedBuffer scratch_;
-  std::unique_ptr<io::ReadEngine> reader_;
-  std::vector<io::ReadRequest> requests_;
-};
-
 nlohmann::json from_disk(const Options& options) {
   nlohmann::json rows = nlohmann::json::array();
   fmt::print("\ndisk to RAM, arena of a quarter of the weights; seconds a pass\n");
@@ -333,7 +308,8 @@ nlohmann::json from_disk(const Options& options) {
         engine_options.preferred_arena_bytes = engine_options.weights_memory_bytes;
         Engine engine(engine_options);
         Client client(engine, "model", weights.groups(slots));
-        FreeReads reads(weights, weights.total_bytes(), engine_options.weights_memory_bytes);
+        bench::FreeReads reads(weights.checkpoint().files(), weights.total_bytes(),
+                               engine_options.weights_memory_bytes);
         weights.drop_cache();
         const double reading = median_of(options.rounds, [&] {
           const auto begin = Clock::now();
@@ -347,7 +323,8 @@ nlohmann::json from_disk(const Options& options) {
         const double cold = since(begin);
         for (int pass = 0; pass < 2; ++pass) run_pass(client, count, work);
         const uint64_t streamed_bytes = client.plan().streamed_bytes;
-        FreeReads same_reads(weights, streamed_bytes, client.plan().arena_bytes);
+        bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
+                                    client.plan().arena_bytes);
         std::vector<double> streamed, limit, computing;
         for (int round = 0; round < options.rounds; ++round) {
           run_pass(client, count, work);

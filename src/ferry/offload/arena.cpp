@@ -115,8 +115,4 @@ std::vector<Fence> Arena::take_fences(uint64_t offset) {
   return found;
 }
 
-void Arena::forget_passed() {
-  std::erase_if(fences_, [](const Fenced& fenced) { return fenced.fence->query(); });
-}
-
 }  // namespace ferry::offload

@@ -51,8 +51,6 @@ class Arena {
   void release(uint64_t offset, Fence fence = nullptr);
   // The fences of a range that was just allocated; they are not told again.
   std::vector<Fence> take_fences(uint64_t offset);
-  // Forgets fences that have passed.
-  void forget_passed();
 
   // Whether a streamed range of this size stays within the ring.
   bool ring_has_room(uint64_t size_bytes) const {

@@ -40,6 +40,7 @@ enum class Start {
 
 class Carrier {
  public:
+  // Returns once nothing that was enqueued uses the arena.
   virtual ~Carrier() = default;
 
   // Reserves memory for an absent piece and begins to bring it. Throws IoError (the file changed
@@ -65,8 +66,6 @@ class Carrier {
   virtual void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept = 0;
   // Takes in what arrived; never waits.
   virtual void poll() = 0;
-  // Waits until nothing that was enqueued uses the arena. Not for the step loop.
-  virtual void synchronize() = 0;
   // Of the disk, bytes a second, as seen between leases that waited for it; 0 if too few did.
   virtual double read_rate() const { return 0; }
   // Pinned host memory that it has, and the most of it ever held.

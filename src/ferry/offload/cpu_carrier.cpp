@@ -90,7 +90,6 @@ class CpuCarrier final : public Carrier {
   }
 
   void poll() override { context_.reader.poll(); }
-  void synchronize() override {}
   double read_rate() const override {
     return busy_seconds_ > 0.01 ? static_cast<double>(busy_bytes_) / busy_seconds_ : 0;
   }

@@ -46,6 +46,13 @@ class DeviceCarrier final : public Carrier {
     }
     changed_.notify_all();
     thread_.join();
+    // What was read ahead may still be on its way into the arena, on a stream that its memory knows
+    // nothing of: whoever gets that next would be written over.
+    try {
+      at::accelerator::synchronizeDevice(context_.options.device.index());
+    } catch (const std::exception& error) {
+      log::error("the device does not answer at the engine's end: {}", error.what());
+    }
   }
 
   Start start(Piece& piece, Urgency urgency) override {
@@ -162,12 +169,6 @@ class DeviceCarrier final : public Carrier {
       reading_.erase(reading_.begin() + static_cast<ptrdiff_t>(i));
       finish_read(*piece);
     }
-  }
-
-  void synchronize() override {
-    at::accelerator::synchronizeDevice(context_.options.device.index());
-    context_.arena.forget_passed();
-    free_passed();
   }
 
   uint64_t host_bytes() const override { return host_.size_bytes(); }

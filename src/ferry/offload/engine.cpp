@@ -87,13 +87,6 @@ Engine::Engine(EngineOptions options)
 
 Engine::~Engine() {
   std::unique_lock lock(mutex_);
-  // What was read ahead may still be on its way into the arena, on a stream that its memory knows
-  // nothing of: whoever gets that next would be written over.
-  try {
-    if (carrier_) carrier_->synchronize();
-  } catch (const std::exception& error) {
-    log::error("the device does not answer at the engine's end: {}", error.what());
-  }
   std::unique_ptr<Carrier> carrier = std::move(carrier_);
   lock.unlock();  // its thread may be waiting for the mutex
 }
@@ -209,7 +202,6 @@ void Engine::drop_everything_locked() {
 void Engine::drop_memory_locked() {
   if (arena_.used_bytes() > 0) return;
   if (carrier_) {
-    carrier_->synchronize();
     report_.host_peak_bytes = std::max(report_.host_peak_bytes, carrier_->host_peak_bytes());
     std::unique_ptr<Carrier> carrier = std::move(carrier_);
     // Its thread ends when it sees that it is not wanted, which takes the mutex.
