@@ -76,7 +76,9 @@ class Carrier {
 std::unique_ptr<Carrier> make_cpu_carrier(CarrierContext context);
 std::unique_ptr<Carrier> make_device_carrier(CarrierContext context);
 
-// What both share: check the files, submit a piece's reads to `into`. Throws IoError.
+// What both share. A range of the arena for a piece, or nothing.
+std::optional<uint64_t> allocate(Arena& arena, bool resident, uint64_t bytes, Urgency urgency);
+// Checks the files, submits a piece's reads to `into`. Throws IoError.
 io::ReadTicketPtr submit_reads(io::ReadEngine& reader, const Piece& piece, std::byte* into);
 
 }  // namespace ferry::offload

@@ -9,6 +9,11 @@ namespace ferry::offload {
 
 using Clock = std::chrono::steady_clock;
 
+std::optional<uint64_t> allocate(Arena& arena, bool resident, uint64_t bytes, Urgency urgency) {
+  if (resident) return arena.allocate_lasting(bytes);
+  return urgency == Urgency::now ? arena.allocate(bytes) : arena.allocate_in_turn(bytes);
+}
+
 io::ReadTicketPtr submit_reads(io::ReadEngine& reader, const Piece& piece, std::byte* into) {
   std::vector<io::ReadRequest> requests;
   const io::File* checked = nullptr;
@@ -31,10 +36,11 @@ class CpuCarrier final : public Carrier {
     // What is converted takes two ranges of which the first goes early: it need not go around.
     if (piece.convert_bytes > 0) urgency = Urgency::now;
     // Where everything is converted the stored bytes do not stay.
-    piece.read_at = allocate(piece.resident && !piece.all_converted, piece.read_bytes, urgency);
+    piece.read_at =
+        allocate(context_.arena, piece.resident && !piece.all_converted, piece.read_bytes, urgency);
     if (!piece.read_at) return Start::no_room;
     if (piece.convert_bytes > 0) {
-      piece.convert_at = allocate(piece.resident, piece.convert_bytes, urgency);
+      piece.convert_at = allocate(context_.arena, piece.resident, piece.convert_bytes, urgency);
       if (!piece.convert_at) {
         free_ranges(piece);
         return Start::no_room;
@@ -95,12 +101,6 @@ class CpuCarrier final : public Carrier {
   }
 
  private:
-  std::optional<uint64_t> allocate(bool lasting, uint64_t bytes, Urgency urgency) {
-    if (lasting) return context_.arena.allocate_lasting(bytes);
-    return urgency == Urgency::now ? context_.arena.allocate(bytes)
-                                   : context_.arena.allocate_in_turn(bytes);
-  }
-
   void free_ranges(Piece& piece) noexcept {
     if (piece.read_at) context_.arena.release(*std::exchange(piece.read_at, std::nullopt));
     if (piece.convert_at) context_.arena.release(*std::exchange(piece.convert_at, std::nullopt));

@@ -56,10 +56,7 @@ class DeviceCarrier final : public Carrier {
   }
 
   Start start(Piece& piece, Urgency urgency) override {
-    Arena& arena = context_.arena;
-    piece.arena_at = piece.resident            ? arena.allocate_lasting(piece.flat_bytes)
-                     : urgency == Urgency::now ? arena.allocate(piece.flat_bytes)
-                                               : arena.allocate_in_turn(piece.flat_bytes);
+    piece.arena_at = allocate(context_.arena, piece.resident, piece.flat_bytes, urgency);
     if (!piece.arena_at) return Start::no_room;
     if (piece.staged) {
       enqueue_copies(piece);
