@@ -18,6 +18,7 @@ namespace ferry {
 namespace {
 
 namespace fs = std::filesystem;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using testing_apps::ferry;
@@ -38,7 +39,7 @@ at::Tensor tensor(const fs::path& file, const std::string& name) {
 }
 
 #ifdef FERRY_WITH_JEMALLOC
-// Else every step faults its activations in anew.
+// Else every step faults its activations in anew, or holds pages too small for what comes next.
 TEST(Cli, TheAllocatorKeepsThePagesOfActivations) {
   setenv("MALLOC_CONF", "stats_print:true", /*overwrite=*/1);
   const Result result = ferry({"--version"});
@@ -46,6 +47,8 @@ TEST(Cli, TheAllocatorKeepsThePagesOfActivations) {
   EXPECT_EQ(result.code, 0);
   EXPECT_THAT(result.err, HasSubstr("opt.dirty_decay_ms: -1"));
   EXPECT_THAT(result.err, HasSubstr("opt.oversize_threshold: 0"));
+  EXPECT_THAT(result.err, HasSubstr("opt.lg_extent_max_active_fit: 63"));
+  EXPECT_THAT(result.err, ContainsRegex("mapped: *17[0-9]{9}"));  // 16 GiB of addresses in one
 }
 #endif
 
