@@ -8,8 +8,7 @@
 // between: at 1024+256 tokens of a 2 GB Flux every step asked for 1.8 GB of fresh, zeroed ones. The
 // engine gives back what is free when another component's turn comes.
 extern "C" const char* malloc_conf;
-const char* malloc_conf =
-    "oversize_threshold:0,dirty_decay_ms:-1,lg_extent_max_active_fit:63";
+const char* malloc_conf = "oversize_threshold:0,dirty_decay_ms:-1,lg_extent_max_active_fit:63";
 
 namespace {
 
