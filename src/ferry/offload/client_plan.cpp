@@ -10,6 +10,7 @@
 #include "ferry/offload/carrier.h"
 #include "ferry/offload/client_state.h"
 #include "ferry/offload/engine.h"
+#include "ferry/offload/simulate.h"
 
 namespace ferry::offload {
 
@@ -61,8 +62,7 @@ uint64_t Client::least_budget_locked() const {
   return engine_.held_small_ + smallest_locked(costs_locked());
 }
 
-Plan Client::make_plan_locked() const {
-  const std::vector<GroupCost> costs = costs_locked();
+PlanOptions Client::plan_options_locked(const std::vector<GroupCost>& costs) const {
   const uint64_t smallest = smallest_locked(costs);
   const uint64_t least = engine_.held_small_ + smallest;
   uint64_t budget = engine_.budget_locked();
@@ -92,6 +92,12 @@ Plan Client::make_plan_locked() const {
     options.order = order_;
     options.wrap_around = options_.wrap_around;
   }
+  return options;
+}
+
+Plan Client::make_plan_locked() const {
+  const std::vector<GroupCost> costs = costs_locked();
+  PlanOptions options = plan_options_locked(costs);
   Plan plan = make_plan(costs, options);
   // Residents that are converted pass through the ring on their way.
   uint64_t passing = 0;
@@ -129,6 +135,7 @@ void Client::refresh_plan_locked() {
 
 void Client::adopt_plan_locked(Plan plan) {
   plan_ = std::move(plan);
+  laid_out_anew_ = true;
   for (size_t i = 0; i < states_.size(); ++i) {
     State& state = *states_[i];
     state.placement = plan_.placements[i];
@@ -150,26 +157,64 @@ void Client::note_compute_locked(Clock::time_point until) {
   computing_ = nullptr;
 }
 
-void Client::measure_pass_locked() {
-  // The first pass pays for pages that are touched for the first time.
-  constexpr int kMeasured = 2;
+Client::Measured Client::measure_locked() const {
+  const ReadTime now = engine_.carrier_->read_time();
+  const ReadTime read{now.seconds - read_before_.seconds, now.bytes - read_before_.bytes};
+  Measured measured{
+      .pass_s = std::chrono::duration<double>(Clock::now() - pass_began_).count(),
+      .compute_s = {},
+      // A pass that hardly waited says little of the disk.
+      .disk_bytes_per_s = read.rate() > 0 ? read.rate() : now.rate(),
+  };
   // Passes in lockstep end as one: each group's compute is that of all of them.
-  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
-      ++measured_passes_ != kMeasured)
-    return;
-  Measured& measured = measured_[reads_packs_];
-  measured.pass_s = std::chrono::duration<double>(Clock::now() - pass_began_).count();
-  measured.disk_bytes_per_s = engine_.carrier_->read_rate();
-  measured.compute_s.clear();
   for (const auto& state : states_) {
     measured.compute_s.push_back(state->compute_s);
     if (state->placement == Placement::resident) continue;
     for (const Piece& piece : state->pieces) measured.compute_s.back() += piece.convert_s;
   }
-  if (is_leased_locked()) return;
+  return measured;
+}
+
+void Client::Measured::take_least(const Measured& other) {
+  pass_s = std::min(pass_s, other.pass_s);
+  disk_bytes_per_s = std::max(disk_bytes_per_s, other.disk_bytes_per_s);
+  for (size_t i = 0; i < compute_s.size(); ++i)
+    compute_s[i] = std::min(compute_s[i], other.compute_s[i]);
+}
+
+bool Client::has_settled_locked(const Measured& pass) {
+  const bool planned = measured_[reads_packs_].pass_s > 0;
+  if (planned) {
+    // Whether its plan still describes it. On an accelerator a lease's time is the host's.
+    constexpr double kTolerance = 1.2;
+    const double expected = plan_.prediction.step_s;
+    if (!engine_.options_.device.is_cpu() || expected == 0 || std::exchange(laid_out_anew_, false))
+      return false;
+    if (pass.pass_s < kTolerance * expected && pass.pass_s > expected / kTolerance) {
+      counted_passes_ = 0;
+      return false;
+    }
+  }
+  if (counted_passes_++ == 0) {
+    least_ = pass;
+  } else {
+    least_.take_least(pass);
+  }
+  if (counted_passes_ < passes_to_plan_ || is_leased_locked()) return false;
+  counted_passes_ = 0;
+  // Each time it turns out wrong it takes longer to convince.
+  constexpr int kMostPasses = 64;
+  if (planned) passes_to_plan_ = std::min(2 * passes_to_plan_, kMostPasses);
+  return true;
+}
+
+void Client::measure_pass_locked() {
+  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
+      !has_settled_locked(measure_locked()))
+    return;
+  const Measured& measured = measured_[reads_packs_] = least_;
   if (should_try_checkpoint_locked()) {
     read_from_locked(/*packs=*/false);
-    measured_passes_ = 0;
     return;
   }
   const Measured& other = measured_[!reads_packs_];
@@ -178,7 +223,6 @@ void Client::measure_pass_locked() {
     log::debug("{}: a step takes {} from the pack, {} from the checkpoint", name_,
                format_duration(measured_[true].pass_s), format_duration(measured_[false].pass_s));
   }
-  // On an accelerator a lease's time is the host's, not the device's.
   if (!engine_.options_.device.is_cpu()) return;
   const Measured& chosen = measured_[reads_packs_];
   if (chosen.disk_bytes_per_s > 0) {
@@ -226,8 +270,17 @@ void Client::plan_by_time_locked() {
   plans_by_time_ = true;
   try {
     Plan plan = make_plan_locked();
-    if (plan.peak_bytes() > engine_.arena_.size_bytes() || plan.placements == plan_.placements)
-      return;
+    if (plan.peak_bytes() > engine_.arena_.size_bytes()) return;
+    if (!plan_is_stale_) {
+      // What is gained has to be worth reading anew what stays.
+      constexpr double kWorthIt = 0.98;
+      const std::vector<GroupCost> costs = costs_locked();
+      const Prediction kept = simulate(costs, plan_options_locked(costs), plan_).prediction;
+      if (plan.placements == plan_.placements || plan.prediction.step_s > kWorthIt * kept.step_s) {
+        plan_.prediction = kept;
+        return;
+      }
+    }
     // From an empty arena: what stays is laid out anew.
     drop_all_locked();
     adopt_plan_locked(std::move(plan));

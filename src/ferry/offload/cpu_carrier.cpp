@@ -96,9 +96,7 @@ class CpuCarrier final : public Carrier {
   }
 
   void poll() override { context_.reader.poll(); }
-  double read_rate() const override {
-    return busy_seconds_ > 0.01 ? static_cast<double>(busy_bytes_) / busy_seconds_ : 0;
-  }
+  ReadTime read_time() const override { return busy_; }
 
  private:
   void free_ranges(Piece& piece) noexcept {
@@ -126,8 +124,8 @@ class CpuCarrier final : public Carrier {
     const auto now = Clock::now();
     const uint64_t bytes = context_.reader.bytes_read();
     if (piece.started <= last_wait_ended_) {
-      busy_seconds_ += std::chrono::duration<double>(now - last_wait_ended_).count();
-      busy_bytes_ += bytes - bytes_then_;
+      busy_.seconds += std::chrono::duration<double>(now - last_wait_ended_).count();
+      busy_.bytes += bytes - bytes_then_;
     }
     last_wait_ended_ = now;
     bytes_then_ = bytes;
@@ -138,8 +136,7 @@ class CpuCarrier final : public Carrier {
   // ended: only then is it certain that the disk was busy all the time. The waits alone would tell
   // too much: requests that share the disk complete together, so that a short wait sees the end of
   // many.
-  double busy_seconds_ = 0;
-  uint64_t busy_bytes_ = 0;
+  ReadTime busy_;
   Clock::time_point last_wait_ended_ = {};
   uint64_t bytes_then_ = 0;
 };

@@ -97,7 +97,7 @@ Report Engine::report() const {
   report.bytes_read = reader_->bytes_read();
   report.small_bytes = held_small_;
   if (carrier_) {
-    report.read_bytes_per_s = carrier_->read_rate();
+    report.read_bytes_per_s = carrier_->read_time().rate();
     report.host_peak_bytes = std::max(report.host_peak_bytes, carrier_->host_peak_bytes());
   }
   return report;

@@ -121,6 +121,14 @@ struct Report {
   uint64_t host_peak_bytes = 0;  // of pinned host memory
 };
 
+// How long a disk was certainly busy, and what it read meanwhile.
+struct ReadTime {
+  double seconds = 0;
+  uint64_t bytes = 0;
+  // Bytes a second; 0: too short to tell.
+  double rate() const { return seconds > 0.01 ? static_cast<double>(bytes) / seconds : 0; }
+};
+
 // Holds a group where compute happens. Move-only; may outlive neither engine nor client.
 class Lease {
  public:
@@ -301,6 +309,8 @@ class Client {
   uint64_t smallest_locked(const std::vector<GroupCost>& costs) const;
   // The least budget with which it can be streamed, with the small tensors of all components.
   uint64_t least_budget_locked() const;
+  // Throws BudgetError.
+  PlanOptions plan_options_locked(const std::vector<GroupCost>& costs) const;
   Plan make_plan_locked() const;
   void adopt_plan_locked(Plan plan);
   // Plans if the room for it, or a group, has changed since it last did.
@@ -363,12 +373,21 @@ class Client {
     double pass_s = 0;              // 0: not measured
     std::vector<double> compute_s;  // one a group, with decoding where that is on its way
     double disk_bytes_per_s = 0;    // 0: nobody had to wait for the disk
+    void take_least(const Measured& other);
   };
+  Measured measure_locked() const;  // of the pass that ends
+  // Whether enough passes have shown that they are not what the plan was made for; least_ tells
+  // what they are.
+  bool has_settled_locked(const Measured& pass);
   Measured measured_[2];  // checkpoint, pack
+  Measured least_;        // of the last `counted_passes_`
+  int counted_passes_ = 0;
+  int passes_to_plan_ = 2;
+  bool laid_out_anew_ = false;  // the next pass pays for it
   bool reads_packs_ = false;
   bool plans_by_time_ = false;  // with measured_[reads_packs_]
-  int measured_passes_ = 0;
   std::chrono::steady_clock::time_point pass_began_, computing_since_;
+  ReadTime read_before_;        // this pass
   State* computing_ = nullptr;  // since computing_since_: the group that was leased last
 
   std::vector<size_t> order_;
