@@ -175,13 +175,6 @@ Client::Measured Client::measure_locked() const {
   return measured;
 }
 
-void Client::Measured::take_least(const Measured& other) {
-  pass_s = std::min(pass_s, other.pass_s);
-  disk_bytes_per_s = std::max(disk_bytes_per_s, other.disk_bytes_per_s);
-  for (size_t i = 0; i < compute_s.size(); ++i)
-    compute_s[i] = std::min(compute_s[i], other.compute_s[i]);
-}
-
 bool Client::has_settled_locked(const Measured& pass) {
   const bool planned = measured_[reads_packs_].pass_s > 0;
   if (planned) {
@@ -195,11 +188,7 @@ bool Client::has_settled_locked(const Measured& pass) {
       return false;
     }
   }
-  if (counted_passes_++ == 0) {
-    least_ = pass;
-  } else {
-    least_.take_least(pass);
-  }
+  if (counted_passes_++ == 0 || pass.pass_s < fastest_.pass_s) fastest_ = pass;
   if (counted_passes_ < passes_to_plan_ || is_leased_locked()) return false;
   counted_passes_ = 0;
   // Each time it turns out wrong it takes longer to convince.
@@ -212,7 +201,7 @@ void Client::measure_pass_locked() {
   if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
       !has_settled_locked(measure_locked()))
     return;
-  const Measured& measured = measured_[reads_packs_] = least_;
+  const Measured& measured = measured_[reads_packs_] = fastest_;
   if (should_try_checkpoint_locked()) {
     read_from_locked(/*packs=*/false);
     return;

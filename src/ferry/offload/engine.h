@@ -373,14 +373,13 @@ class Client {
     double pass_s = 0;              // 0: not measured
     std::vector<double> compute_s;  // one a group, with decoding where that is on its way
     double disk_bytes_per_s = 0;    // 0: nobody had to wait for the disk
-    void take_least(const Measured& other);
   };
   Measured measure_locked() const;  // of the pass that ends
-  // Whether enough passes have shown that they are not what the plan was made for; least_ tells
-  // what they are.
+  // Whether enough passes have shown that they are not what the plan was made for; fastest_
+  // tells what they are.
   bool has_settled_locked(const Measured& pass);
   Measured measured_[2];  // checkpoint, pack
-  Measured least_;        // of the last `counted_passes_`
+  Measured fastest_;      // of the last `counted_passes_`
   int counted_passes_ = 0;
   int passes_to_plan_ = 2;
   bool laid_out_anew_ = false;  // the next pass pays for it
