@@ -63,6 +63,39 @@ TEST(Arena, InTurnGoesPastWhatStays) {
   EXPECT_TRUE(arena.ring_has_room(kPage)) << "what stays is not the ring's";
 }
 
+// As in a first pass: what stays arrives one by one while others stream.
+TEST(Arena, StreamedRangesStayOutOfTheWayOfWhatComesToStay) {
+  for (bool in_turn : {false, true}) {
+    Arena arena(Memory::on(at::kCPU, 8 * kPage));
+    arena.set_ring_bytes(4 * kPage);
+    auto stream = [&](uint64_t pages) {
+      return in_turn ? arena.allocate_in_turn(pages * kPage) : arena.allocate(pages * kPage);
+    };
+    auto a = stream(2), b = stream(2);
+    ASSERT_TRUE(a && b);
+    EXPECT_EQ(arena.allocate_lasting(2 * kPage), 6 * kPage);
+    arena.release(*a);
+    EXPECT_EQ(stream(2), 0u) << "not behind b";
+    arena.release(*b);
+    EXPECT_EQ(stream(2), 2 * kPage);
+    EXPECT_EQ(arena.allocate_lasting(2 * kPage), 4 * kPage);
+  }
+}
+
+// What stays in the ring's place makes the ring longer by as much.
+TEST(Arena, TheRingIsFoundBetweenWhatStays) {
+  Arena arena(Memory::on(at::kCPU, 8 * kPage));
+  auto a = arena.allocate(kPage), b = arena.allocate(kPage);
+  ASSERT_TRUE(a && b);
+  arena.make_lasting(*b);
+  arena.set_ring_bytes(3 * kPage);
+  EXPECT_EQ(arena.allocate_in_turn(2 * kPage), 2 * kPage);
+  EXPECT_FALSE(arena.allocate_in_turn(kPage)) << "its share is used";
+  arena.release(2 * kPage);
+  arena.release(*a);
+  EXPECT_EQ(arena.allocate_in_turn(3 * kPage), 2 * kPage) << "outside where it does not fit within";
+}
+
 TEST(Arena, WhatIsTakenBackUnusedLeavesNoGap) {
   Arena arena(Memory::on(at::kCPU, 4 * kPage));
   auto a = arena.allocate_in_turn(kPage), b = arena.allocate_in_turn(2 * kPage);

@@ -899,7 +899,7 @@ TEST_F(MeasuredTimes, PlanningAgainStaysRight) {
   EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
 }
 
-TEST_F(MeasuredTimes, OneSlowPassDecidesNothing) {
+TEST_F(MeasuredTimes, AFewSlowPassesDecideNothing) {
   run(1, 0, 4, 12ms);  // the order is a guess
   run(1, 0, 8, 100ms);
   run(1, 0, 4, 12ms);
@@ -908,7 +908,7 @@ TEST_F(MeasuredTimes, OneSlowPassDecidesNothing) {
   EXPECT_LT(planned.compute_s, 0.4);
   const uint64_t replans = engine_->report().replans;
   run(1, 0, 4, 12ms);
-  run(1, 0, 8, 100ms);
+  run(2, 0, 8, 100ms);
   run(1, 0, 4, 12ms);
   EXPECT_EQ(engine_->report().replans, replans);
   EXPECT_EQ(client_->plan().prediction.step_s, planned.step_s);
@@ -917,7 +917,7 @@ TEST_F(MeasuredTimes, OneSlowPassDecidesNothing) {
 TEST_F(MeasuredTimes, APlanThatTurnsOutWrongIsMadeAgain) {
   run(5, 0, 8, 100ms);
   EXPECT_GT(client_->plan().prediction.step_s, 0.7);
-  run(2, 0, 4, 12ms);
+  run(3, 0, 4, 12ms);
   EXPECT_LT(client_->plan().prediction.step_s, 0.4);
 }
 

@@ -15,28 +15,41 @@ void Arena::take(uint64_t offset, uint64_t size) {
   peak_ = std::max(peak_, used_);
 }
 
+uint64_t Arena::ring_end() const {
+  uint64_t end = std::min(ring_bytes_, size_bytes());
+  for (uint64_t offset : lasting_) {
+    if (offset >= end) break;
+    end = std::min(end + taken_.at(offset), size_bytes());
+  }
+  return end;
+}
+
+// The first hole that begins in [begin, end) and is large enough below `limit`.
+std::optional<uint64_t> Arena::search(uint64_t size, uint64_t begin, uint64_t end,
+                                      uint64_t limit) const {
+  uint64_t hole = begin;
+  auto next = taken_.upper_bound(begin);
+  if (next != taken_.begin()) {
+    auto previous = std::prev(next);
+    hole = std::max(hole, previous->first + previous->second);
+  }
+  for (; hole < end; ++next) {
+    const uint64_t hole_end = next == taken_.end() ? limit : std::min(next->first, limit);
+    if (hole_end >= hole + size) return hole;
+    if (next == taken_.end()) break;
+    hole = next->first + next->second;
+  }
+  return std::nullopt;
+}
+
 std::optional<uint64_t> Arena::allocate(uint64_t size_bytes) {
   const uint64_t size = std::max(round_up(size_bytes), kAlignment);
   if (ring_used_ + size > ring_bytes_) return std::nullopt;
   if (ring_used_ == 0) cursor_ = 0;  // nothing to go around: the largest hole
-  // The holes from `begin` on whose start is below `end`; the first that is large enough.
-  auto search = [&](uint64_t begin, uint64_t end) -> std::optional<uint64_t> {
-    uint64_t hole = begin;
-    auto next = taken_.upper_bound(begin);
-    if (next != taken_.begin()) {
-      auto previous = std::prev(next);
-      hole = std::max(hole, previous->first + previous->second);
-    }
-    for (; hole < end; ++next) {
-      uint64_t limit = next == taken_.end() ? this->size_bytes() : next->first;
-      if (limit >= hole + size) return hole;
-      if (next == taken_.end()) break;
-      hole = next->first + next->second;
-    }
-    return std::nullopt;
-  };
-  std::optional<uint64_t> offset = search(cursor_, this->size_bytes());
-  if (!offset) offset = search(0, cursor_);
+  const uint64_t ring = ring_end(), all = this->size_bytes();
+  std::optional<uint64_t> offset = search(size, cursor_, ring, ring);
+  if (!offset) offset = search(size, 0, cursor_, ring);
+  if (!offset) offset = search(size, 0, all, all);
   if (!offset) return std::nullopt;
   return take_streamed(*offset, size);
 }
@@ -45,11 +58,15 @@ std::optional<uint64_t> Arena::allocate_in_turn(uint64_t size_bytes) {
   const uint64_t size = std::max(round_up(size_bytes), kAlignment);
   if (ring_used_ + size > ring_bytes_) return std::nullopt;
   if (ring_used_ == 0) return allocate(size_bytes);
+  uint64_t end = ring_end();
   bool from_start = false;
   for (uint64_t offset = cursor_;;) {
-    if (offset + size > this->size_bytes()) {
-      if (std::exchange(from_start, true)) return std::nullopt;
-      offset = 0;
+    if (offset + size > end) {
+      if (!std::exchange(from_start, true)) {
+        offset = 0;
+      } else if (std::exchange(end, this->size_bytes()) == this->size_bytes()) {
+        return std::nullopt;
+      }
       continue;
     }
     auto next = taken_.upper_bound(offset);

@@ -38,7 +38,7 @@ class Arena {
 
   // What streamed ranges may take together; the rest is for lasting ones.
   void set_ring_bytes(uint64_t bytes) { ring_bytes_ = bytes; }
-  // The offset of a free range, or nothing if no hole is large enough.
+  // The offset of a free range, in the ring where there is one; nothing if no hole is large enough.
   std::optional<uint64_t> allocate(uint64_t size_bytes);
   // Behind the last streamed range, or at the start if it does not fit before the end; past lasting
   // ranges. Nothing if a streamed range is in the way, which will go.
@@ -69,6 +69,10 @@ class Arena {
     uint64_t begin, end;
     Fence fence;
   };
+  // The ring is the first bytes that nothing lasting takes, as many as are its share: what streams
+  // elsewhere while residents arrive would leave them in its way for good.
+  uint64_t ring_end() const;
+  std::optional<uint64_t> search(uint64_t size, uint64_t begin, uint64_t end, uint64_t limit) const;
   void take(uint64_t offset, uint64_t size);
   uint64_t take_streamed(uint64_t offset, uint64_t size);
 

@@ -176,8 +176,7 @@ Client::Measured Client::measure_locked() const {
 }
 
 bool Client::has_settled_locked(const Measured& pass) {
-  const bool planned = measured_[reads_packs_].pass_s > 0;
-  if (planned) {
+  if (source_is_chosen_) {
     // Whether its plan still describes it. On an accelerator a lease's time is the host's.
     constexpr double kTolerance = 1.2;
     const double expected = plan_.prediction.step_s;
@@ -188,12 +187,29 @@ bool Client::has_settled_locked(const Measured& pass) {
       return false;
     }
   }
+  constexpr int kFirstPasses = 2;
   if (counted_passes_++ == 0 || pass.pass_s < fastest_.pass_s) fastest_ = pass;
-  if (counted_passes_ < passes_to_plan_ || is_leased_locked()) return false;
+  if (counted_passes_ < (source_is_chosen_ ? patience_ : kFirstPasses) || is_leased_locked())
+    return false;
   counted_passes_ = 0;
   // Each time it turns out wrong it takes longer to convince.
-  constexpr int kMostPasses = 64;
-  if (planned) passes_to_plan_ = std::min(2 * passes_to_plan_, kMostPasses);
+  constexpr int kMostPatience = 100;
+  if (source_is_chosen_) patience_ = std::min(2 * patience_, kMostPatience);
+  return true;
+}
+
+bool Client::chooses_source_locked() {
+  if (should_try_checkpoint_locked()) {
+    read_from_locked(/*packs=*/false);
+    return false;
+  }
+  const Measured& measured = measured_[reads_packs_];
+  const Measured& other = measured_[!reads_packs_];
+  if (other.pass_s > 0 && other.pass_s < measured.pass_s) read_from_locked(!reads_packs_);
+  if (other.pass_s > 0) {
+    log::debug("{}: a step takes {} from the pack, {} from the checkpoint", name_,
+               format_duration(measured_[true].pass_s), format_duration(measured_[false].pass_s));
+  }
   return true;
 }
 
@@ -201,17 +217,8 @@ void Client::measure_pass_locked() {
   if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
       !has_settled_locked(measure_locked()))
     return;
-  const Measured& measured = measured_[reads_packs_] = fastest_;
-  if (should_try_checkpoint_locked()) {
-    read_from_locked(/*packs=*/false);
-    return;
-  }
-  const Measured& other = measured_[!reads_packs_];
-  if (other.pass_s > 0 && other.pass_s < measured.pass_s) read_from_locked(!reads_packs_);
-  if (other.pass_s > 0) {
-    log::debug("{}: a step takes {} from the pack, {} from the checkpoint", name_,
-               format_duration(measured_[true].pass_s), format_duration(measured_[false].pass_s));
-  }
+  measured_[reads_packs_] = fastest_;
+  if (!source_is_chosen_ && !(source_is_chosen_ = chooses_source_locked())) return;
   if (!engine_.options_.device.is_cpu()) return;
   const Measured& chosen = measured_[reads_packs_];
   if (chosen.disk_bytes_per_s > 0) {

@@ -322,6 +322,8 @@ class Client {
   void note_compute_locked(std::chrono::steady_clock::time_point until);
   bool is_leased_locked() const;
   void plan_by_time_locked();
+  // Pack or checkpoint, whichever took less time; false where the other is to be tried first.
+  bool chooses_source_locked();
   // Whether the checkpoint itself may be faster than its pack: has to be tried to know.
   bool should_try_checkpoint_locked() const;
   // Changes the source of all groups; the next pass plans anew. REQUIRES: no lease is out.
@@ -381,9 +383,10 @@ class Client {
   Measured measured_[2];  // checkpoint, pack
   Measured fastest_;      // of the last `counted_passes_`
   int counted_passes_ = 0;
-  int passes_to_plan_ = 2;
+  int patience_ = 3;            // with passes that are not as planned
   bool laid_out_anew_ = false;  // the next pass pays for it
   bool reads_packs_ = false;
+  bool source_is_chosen_ = false;
   bool plans_by_time_ = false;  // with measured_[reads_packs_]
   std::chrono::steady_clock::time_point pass_began_, computing_since_;
   ReadTime read_before_;        // this pass
