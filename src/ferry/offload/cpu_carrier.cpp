@@ -33,8 +33,6 @@ class CpuCarrier final : public Carrier {
   explicit CpuCarrier(CarrierContext context) : context_(std::move(context)) {}
 
   Start start(Piece& piece, Urgency urgency) override {
-    // What is converted takes two ranges of which the first goes early: it need not go around.
-    if (piece.convert_bytes > 0) urgency = Urgency::now;
     // Where everything is converted the stored bytes do not stay.
     piece.read_at =
         allocate(context_.arena, piece.resident && !piece.all_converted, piece.read_bytes, urgency);
