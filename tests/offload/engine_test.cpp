@@ -899,6 +899,18 @@ TEST_F(MeasuredTimes, PlanningAgainStaysRight) {
   EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
 }
 
+TEST_F(MeasuredTimes, UnloadingWithinAPassIsAllowed) {
+  for (int pass = 0; pass < 5; ++pass) {
+    client_->begin_pass();
+    for (size_t group : kInOrder) {
+      Lease lease = client_->lease(group);
+      ASSERT_TRUE(is_right(group));
+    }
+    engine_->unload();
+    client_->end_pass();
+  }
+}
+
 TEST_F(MeasuredTimes, AFewSlowPassesDecideNothing) {
   run(1, 0, 4, 12ms);  // the order is a guess
   run(1, 0, 8, 100ms);

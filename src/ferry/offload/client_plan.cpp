@@ -1,5 +1,4 @@
-// Where a client's groups have their place: planned by sizes, then by the times of the first
-// passes.
+// Where a client's groups have their place: planned by sizes, then by the times of passes.
 #include <algorithm>
 #include <numeric>
 #include <utility>
@@ -159,7 +158,9 @@ void Client::note_compute_locked(Clock::time_point until) {
 
 Client::Measured Client::measure_locked() const {
   const ReadTime now = engine_.carrier_->read_time();
-  const ReadTime read{now.seconds - read_before_.seconds, now.bytes - read_before_.bytes};
+  const bool is_same = now.bytes >= read_before_.bytes;  // carrier as at the pass's begin
+  const ReadTime read =
+      is_same ? ReadTime{now.seconds - read_before_.seconds, now.bytes - read_before_.bytes} : now;
   Measured measured{
       .pass_s = std::chrono::duration<double>(Clock::now() - pass_began_).count(),
       .compute_s = {},
@@ -214,8 +215,9 @@ bool Client::chooses_source_locked() {
 }
 
 void Client::measure_pass_locked() {
+  // Without a carrier the engine was unloaded within the pass.
   if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
-      !has_settled_locked(measure_locked()))
+      !engine_.carrier_ || !has_settled_locked(measure_locked()))
     return;
   measured_[reads_packs_] = fastest_;
   if (!source_is_chosen_ && !(source_is_chosen_ = chooses_source_locked())) return;
