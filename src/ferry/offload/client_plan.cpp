@@ -177,12 +177,10 @@ Client::Measured Client::measure_locked() const {
 }
 
 bool Client::has_settled_locked(const Measured& pass) {
-  if (source_is_chosen_) {
-    // Whether its plan still describes it. On an accelerator a lease's time is the host's.
+  if (source_is_chosen_) {  // whether its plan still describes it
     constexpr double kTolerance = 1.2;
     const double expected = plan_.prediction.step_s;
-    if (!engine_.options_.device.is_cpu() || expected == 0 || std::exchange(laid_out_anew_, false))
-      return false;
+    if (std::exchange(laid_out_anew_, false)) return false;
     if (pass.pass_s < kTolerance * expected && pass.pass_s > expected / kTolerance) {
       counted_passes_ = 0;
       return false;
@@ -215,13 +213,15 @@ bool Client::chooses_source_locked() {
 }
 
 void Client::measure_pass_locked() {
-  // Without a carrier the engine was unloaded within the pass.
-  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0 ||
-      !engine_.carrier_ || !has_settled_locked(measure_locked()))
-    return;
+  if (!engine_.options_.replan || order_is_guess_ || plan_.streamed_bytes == 0) return;
+  if (!engine_.carrier_) return;  // unloaded within the pass
+  // On an accelerator a lease's time is the host's: nothing to plan with.
+  const bool on_cpu = engine_.options_.device.is_cpu();
+  if (source_is_chosen_ && (!on_cpu || plan_.prediction.step_s == 0)) return;
+  if (!has_settled_locked(measure_locked())) return;
   measured_[reads_packs_] = fastest_;
-  if (!source_is_chosen_ && !(source_is_chosen_ = chooses_source_locked())) return;
-  if (!engine_.options_.device.is_cpu()) return;
+  if (!source_is_chosen_) source_is_chosen_ = chooses_source_locked();
+  if (!source_is_chosen_ || !on_cpu) return;
   const Measured& chosen = measured_[reads_packs_];
   if (chosen.disk_bytes_per_s > 0) {
     plan_by_time_locked();
