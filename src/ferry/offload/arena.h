@@ -40,8 +40,8 @@ class Arena {
   void set_ring_bytes(uint64_t bytes) { ring_bytes_ = bytes; }
   // The offset of a free range, in the ring where there is one; nothing if no hole is large enough.
   std::optional<uint64_t> allocate(uint64_t size_bytes);
-  // Behind the last streamed range, or at the start if it does not fit before the end; past lasting
-  // ranges. Nothing if a streamed range is in the way, which will go.
+  // Behind the last streamed range, or at the start if it does not fit before the ring's end; past
+  // lasting ranges. Nothing if a streamed range is in the way, which will go.
   std::optional<uint64_t> allocate_in_turn(uint64_t size_bytes);
   std::optional<uint64_t> allocate_lasting(uint64_t size_bytes);
   // A streamed range stays after all.
