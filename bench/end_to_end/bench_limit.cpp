@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -81,9 +82,16 @@ int run(int argc, char** argv) {
       ferry::throw_error<ferry::Error>("{} differs between streamed and resident", name);
   }
   for (int i = 0; i < 3; ++i) forward(*streamed);  // the plan follows the first passes' times
-  auto plan = offloading->client().plan();
-  auto reads = std::make_unique<ferry::bench::FreeReads>(resident->binding()->checkpoint->files(),
-                                                         plan.streamed_bytes, plan.arena_bytes);
+
+  ferry::offload::Plan plan;
+  std::optional<ferry::bench::FreeReads> reads;
+  auto follow_plan = [&] {  // as much is read as is streamed
+    const uint64_t before = std::exchange(plan, offloading->client().plan()).streamed_bytes;
+    if (reads && before == plan.streamed_bytes) return;
+    reads.emplace(resident->binding()->checkpoint->files(), plan.streamed_bytes, plan.arena_bytes);
+    reads->run();  // touches the scratch
+  };
+  follow_plan();
 
   std::vector<double> cold, streaming, stalls, limit, computing, reading;
   for (int round = 0; round < rounds; ++round) {
@@ -97,13 +105,7 @@ int run(int argc, char** argv) {
     streaming.push_back(since(begin) / forwards);
     stalls.push_back((engine->report().stall_seconds - stalled) / forwards);
     engine->unload();
-    const auto before = std::exchange(plan, offloading->client().plan());
-    if (before.streamed_bytes != plan.streamed_bytes) {
-      reads = nullptr;
-      reads = std::make_unique<ferry::bench::FreeReads>(resident->binding()->checkpoint->files(),
-                                                        plan.streamed_bytes, plan.arena_bytes);
-      reads->run();
-    }
+    follow_plan();
 
     drop();
     begin = Clock::now();
