@@ -124,6 +124,11 @@ Plan Client::make_plan_locked() const {
   return plan;
 }
 
+Prediction Client::predict_locked(const Plan& plan) const {
+  const std::vector<GroupCost> costs = costs_locked();
+  return simulate(costs, plan_options_locked(costs), plan).prediction;
+}
+
 void Client::refresh_plan_locked() {
   const uint64_t room = engine_.budget_locked() - engine_.held_small_;
   if (!plan_is_stale_ && planned_room_ == room) return;
@@ -134,7 +139,7 @@ void Client::refresh_plan_locked() {
 
 void Client::adopt_plan_locked(Plan plan) {
   plan_ = std::move(plan);
-  laid_out_anew_ = true;
+  brings_residents_ = true;
   for (size_t i = 0; i < states_.size(); ++i) {
     State& state = *states_[i];
     state.placement = plan_.placements[i];
@@ -180,7 +185,7 @@ bool Client::has_settled_locked(const Measured& pass) {
   if (source_is_chosen_) {  // whether its plan still describes it
     constexpr double kTolerance = 1.2;
     const double expected = plan_.prediction.step_s;
-    if (std::exchange(laid_out_anew_, false)) return false;
+    if (std::exchange(brings_residents_, false)) return false;
     if (pass.pass_s < kTolerance * expected && pass.pass_s > expected / kTolerance) {
       counted_passes_ = 0;
       return false;
@@ -197,7 +202,7 @@ bool Client::has_settled_locked(const Measured& pass) {
   return true;
 }
 
-bool Client::chooses_source_locked() {
+bool Client::choose_source_locked() {
   if (should_try_checkpoint_locked()) {
     read_from_locked(/*packs=*/false);
     return false;
@@ -220,7 +225,7 @@ void Client::measure_pass_locked() {
   if (source_is_chosen_ && (!on_cpu || plan_.prediction.step_s == 0)) return;
   if (!has_settled_locked(measure_locked())) return;
   measured_[reads_packs_] = fastest_;
-  if (!source_is_chosen_) source_is_chosen_ = chooses_source_locked();
+  if (!source_is_chosen_) source_is_chosen_ = choose_source_locked();
   if (!source_is_chosen_ || !on_cpu) return;
   const Measured& chosen = measured_[reads_packs_];
   if (chosen.disk_bytes_per_s > 0) {
@@ -272,8 +277,7 @@ void Client::plan_by_time_locked() {
     if (!plan_is_stale_) {
       // What is gained has to be worth reading anew what stays.
       constexpr double kWorthIt = 0.98;
-      const std::vector<GroupCost> costs = costs_locked();
-      const Prediction kept = simulate(costs, plan_options_locked(costs), plan_).prediction;
+      const Prediction kept = predict_locked(plan_);
       if (plan.placements == plan_.placements || plan.prediction.step_s > kWorthIt * kept.step_s) {
         plan_.prediction = kept;
         return;

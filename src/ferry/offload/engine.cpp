@@ -275,7 +275,7 @@ void Engine::prepare_memory_locked() {
     // A component that came later may want more of host memory, or homes there.
     const bool is_new =
         host > staging && std::any_of(clients_.begin(), clients_.end(),
-                                      [](const Client* c) { return !c->laid_out_; });
+                                      [](const Client* c) { return !c->has_homes_; });
     const bool serves = options_.device.is_cpu() || carrier_->host_bytes() >= largest_read;
     if (serves && ((!is_new && carrier_->host_bytes() >= host) || is_leased_locked())) return;
   }
@@ -300,7 +300,7 @@ void Engine::prepare_memory_locked() {
   const bool take_turns = !holds_all_locked();
   for (Client* client : clients_) {
     homes -= client->assign_host_homes_locked(homes, take_turns);
-    client->laid_out_ = true;
+    client->has_homes_ = true;
   }
   carrier_ = make_device_carrier(std::move(context));
 }

@@ -312,6 +312,8 @@ class Client {
   // Throws BudgetError.
   PlanOptions plan_options_locked(const std::vector<GroupCost>& costs) const;
   Plan make_plan_locked() const;
+  // What is expected of a plan, with the times that are known now.
+  Prediction predict_locked(const Plan& plan) const;
   void adopt_plan_locked(Plan plan);
   // Plans if the room for it, or a group, has changed since it last did.
   void refresh_plan_locked();
@@ -323,7 +325,7 @@ class Client {
   bool is_leased_locked() const;
   void plan_by_time_locked();
   // Pack or checkpoint, whichever took less time; false where the other is to be tried first.
-  bool chooses_source_locked();
+  bool choose_source_locked();
   // Whether the checkpoint itself may be faster than its pack: has to be tried to know.
   bool should_try_checkpoint_locked() const;
   // Changes the source of all groups; the next pass plans anew. REQUIRES: no lease is out.
@@ -383,8 +385,8 @@ class Client {
   Measured measured_[2];  // checkpoint, pack
   Measured fastest_;      // of the last `counted_passes_`
   int counted_passes_ = 0;
-  int patience_ = 3;            // with passes that are not as planned
-  bool laid_out_anew_ = false;  // the next pass pays for it
+  int patience_ = 3;               // with passes that are not as planned
+  bool brings_residents_ = false;  // the next pass, and so it takes longer than planned
   bool reads_packs_ = false;
   bool source_is_chosen_ = false;
   bool plans_by_time_ = false;  // with measured_[reads_packs_]
@@ -401,7 +403,7 @@ class Client {
   std::vector<size_t> recording_;
   int pass_depth_ = 0;
   bool plan_is_stale_ = true;  // also where a group that changed needs more room than it did
-  bool laid_out_ = false;      // its groups have been given their homes in host memory
+  bool has_homes_ = false;     // its groups have been given theirs in host memory
   uint64_t planned_room_ = 0;
   size_t followers_ = 0;
   bool following_ = false;
