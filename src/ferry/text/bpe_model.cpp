@@ -2,6 +2,7 @@
 
 #include <queue>
 #include <tuple>
+#include <utility>
 
 #include "ferry/base/error.h"
 #include "ferry/text/unicode.h"
@@ -131,7 +132,10 @@ std::vector<BpeModel::Symbol> BpeModel::characters(std::string_view piece) const
     const auto index = static_cast<int32_t>(symbols.size());
     symbols.push_back({id, index - 1, index + 1, true});
   };
-  std::optional<uint32_t> unknown;  // pending, so that the next one can be fused with it
+  bool unknown = false;  // one is pending, so that the next one can be fused with it
+  const auto add_unknown = [&] {
+    if (std::exchange(unknown, false)) add(unk_id());
+  };
   std::string character;
   for (size_t at = 0; at < piece.size();) {
     const size_t begin = at;
@@ -142,8 +146,7 @@ std::vector<BpeModel::Symbol> BpeModel::characters(std::string_view piece) const
     character.append(piece, begin, at - begin);
     if (is_last) character += options_.end_of_word_suffix;
     if (const auto id = vocabulary_.id(character)) {
-      if (unknown) add(*unknown);
-      unknown.reset();
+      add_unknown();
       add(*id);
       continue;
     }
@@ -160,10 +163,10 @@ std::vector<BpeModel::Symbol> BpeModel::characters(std::string_view piece) const
       }
     }
     if (!options_.unk_token) continue;
-    if (unknown && !options_.fuse_unk) add(*unknown);
-    if (!unknown || !options_.fuse_unk) unknown = unk_id();
+    if (!options_.fuse_unk) add_unknown();
+    unknown = true;
   }
-  if (unknown) add(*unknown);
+  add_unknown();
   if (!symbols.empty()) symbols.back().next = -1;
   return symbols;
 }
