@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <thread>
 
 #include "ferry/base/error.h"
@@ -156,14 +157,18 @@ TEST_P(ReadEngineTest, AWindowKeepsTheOrder) {
   constexpr size_t kPieces = 48;
   for (int round = 0; round < 20; ++round) {
     auto engine = make_read_engine(o);
-    std::vector<AlignedBuffer> buffers;
     std::vector<ReadTicketPtr> tickets;
+    // A request each: none goes past a multiple of its size.
+    AlignedBuffer memory((kPieces + 1) * o.request_bytes);
+    void* place = memory.data();
+    size_t space = memory.size_bytes();
+    auto* first = static_cast<std::byte*>(std::align(o.request_bytes, 1, place, space));
     // Each more than a quarter of the window, so that no two share a half. Long ones first, which
     // the short ones behind them would overtake.
     for (size_t i = 0; i < kPieces; ++i) {
       const size_t size = i % 4 == 0 ? 64 << 10 : 36 << 10;
-      buffers.emplace_back(size);
-      tickets.push_back(engine->submit({{file_, i * (8 << 10), size, size, buffers[i].data()}}));
+      std::byte* into = first + i * o.request_bytes;
+      tickets.push_back(engine->submit({{file_, i * (8 << 10), size, size, into}}));
     }
     while (!tickets.back()->done()) {
       engine->poll();
@@ -340,6 +345,31 @@ TEST_P(ReadEngineTest, FilesInMemory) {
 
 // With a clock of its own: reads that wait while the consumer computes are credited that time, as a
 // disk would read on; idle time is not.
+// Two that share a huge page of new memory would both clear it.
+TEST(ReadTicket, ChunksEndWhereMemoryHasAMultipleOfTheirSize) {
+  TempFolder folder;
+  write_text(folder / "bytes", std::string(300 << 10, 'x'));
+  constexpr uint64_t kChunk = 64 << 10;
+  AlignedBuffer memory(300 << 10);
+  ReadRequest request{File::open(folder / "bytes"), 0, 200 << 10, 0, memory.data() + 4096};
+  auto ticket = std::make_shared<Ticket>(std::vector<ReadRequest>{request}, /*direct=*/true);
+  uint64_t position = 0;
+  while (ticket->has_next()) {
+    const uint64_t size = ticket->next_size(kChunk);
+    const Chunk chunk = ticket->next(ticket, kChunk);
+    EXPECT_EQ(chunk.size_bytes, size);
+    EXPECT_EQ(chunk.offset, position);
+    EXPECT_EQ(chunk.into, request.into + position);
+    EXPECT_GT(size, 0u);
+    position += size;
+    const auto first = reinterpret_cast<uintptr_t>(chunk.into);
+    EXPECT_EQ(first / kChunk, (first + size - 1) / kChunk);
+    if (ticket->has_next()) EXPECT_EQ((first + size) % kChunk, 0u);
+    ticket->chunk_ended();
+  }
+  EXPECT_EQ(position, request.size_bytes);
+}
+
 TEST(RateLimiter, CreditsWaitingTimeOnly) {
   using std::chrono::milliseconds;
   RateLimiter limiter(1000);  // a byte each millisecond

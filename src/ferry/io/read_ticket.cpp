@@ -55,7 +55,11 @@ void Ticket::skip_empty() {
 }
 
 uint64_t Ticket::next_size(uint64_t chunk_bytes) const {
-  return std::min(chunk_bytes, requests_[index_].size_bytes - position_);
+  const ReadRequest& request = requests_[index_];
+  // Chunks end where memory has a multiple of their size: of those that share a huge page of new
+  // memory, each would clear it.
+  const auto into = reinterpret_cast<uintptr_t>(request.into + position_);
+  return std::min(chunk_bytes - into % chunk_bytes, request.size_bytes - position_);
 }
 
 Chunk Ticket::next(const std::shared_ptr<Ticket>& self, uint64_t chunk_bytes) {
