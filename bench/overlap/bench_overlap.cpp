@@ -4,8 +4,8 @@
 //                the time of both together, by ratio and size of group
 //   overhead     microseconds of the engine a group, with groups of a few bytes
 //   disk         disk to RAM with calibrated matrix products: time over the limit, which is how
-//   long
-//                the products alone and the same reads alone take side by side
+//                long the products alone and the same reads alone take side by side; a cold pass,
+//                and what the plan in force at the end says of one
 //
 //   bench_overlap [--part accelerator|overhead|disk]... [--groups LIST] [--ratios LIST]
 //                 [--threads LIST] [--total BYTES] [--passes N] [--rounds N]
@@ -293,8 +293,8 @@ class Compute {
 nlohmann::json from_disk(const Options& options) {
   nlohmann::json rows = nlohmann::json::array();
   fmt::print("\ndisk to RAM, arena of a quarter of the weights; seconds a pass\n");
-  fmt::print("{:>10} {:>8} {:>6} {:>8} {:>8} {:>9} {:>8} {:>8} {:>7}\n", "group", "threads",
-             "ratio", "compute", "reads", "streamed", "limit", "cold", "ratio");
+  fmt::print("{:>10} {:>8} {:>6} {:>8} {:>8} {:>9} {:>8} {:>7} {:>8} {:>8}\n", "group", "threads",
+             "ratio", "compute", "reads", "streamed", "limit", "over", "cold", "planned");
   for (uint64_t bytes : options.groups) {
     const size_t count = groups_of(options, bytes);
     Weights weights(options.folder, count, bytes);
@@ -318,16 +318,18 @@ nlohmann::json from_disk(const Options& options) {
         });
         const int products = compute.products_for(ratio * reading / static_cast<double>(count));
         auto work = [&](size_t) { compute.run(products); };
-        auto begin = Clock::now();
-        run_pass(client, count, work);
-        const double cold = since(begin);
-        for (int pass = 0; pass < 2; ++pass) run_pass(client, count, work);
+        for (int pass = 0; pass < 3; ++pass) run_pass(client, count, work);
+        client.unload();
         const uint64_t streamed_bytes = client.plan().streamed_bytes;
         bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
                                     client.plan().arena_bytes);
-        std::vector<double> streamed, limit, computing;
+        std::vector<double> cold, streamed, limit, computing;
         for (int round = 0; round < options.rounds; ++round) {
+          weights.drop_cache();
+          bench::warm_memory(engine_options.weights_memory_bytes);
+          auto begin = Clock::now();
           run_pass(client, count, work);
+          cold.push_back(since(begin));
           begin = Clock::now();
           for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, work);
           streamed.push_back(since(begin) / options.passes);
@@ -347,9 +349,11 @@ nlohmann::json from_disk(const Options& options) {
           computing.push_back(since(begin));
         }
         const double over = median(streamed) / median(limit);
-        fmt::print("{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>8.3f} {:>7.3f}\n",
-                   format_bytes(bytes), threads, ratio, median(computing), reading,
-                   median(streamed), median(limit), cold, over);
+        const double planned = client.plan().prediction.first_step_s;
+        fmt::print(
+            "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f}\n",
+            format_bytes(bytes), threads, ratio, median(computing), reading, median(streamed),
+            median(limit), over, median(cold), planned);
         rows.push_back({{"group_bytes", bytes},
                         {"groups", count},
                         {"threads", threads},
@@ -358,7 +362,8 @@ nlohmann::json from_disk(const Options& options) {
                         {"reads_s", reading},
                         {"streamed_s", median(streamed)},
                         {"limit_s", median(limit)},
-                        {"cold_s", cold},
+                        {"cold_s", median(cold)},
+                        {"planned_cold_s", planned},
                         {"streamed_bytes", streamed_bytes},
                         {"over_limit", over}});
       }
