@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -40,12 +39,5 @@ class FreeReads {
   std::unique_ptr<io::ReadEngine> reader_;
   std::vector<io::ReadRequest> requests_;
 };
-
-// Takes memory and gives it back: what was given back before may have gone to a hypervisor, and
-// what it costs to have it again is not to be measured.
-inline void warm_memory(uint64_t bytes) {
-  io::AlignedBuffer memory(bytes);
-  std::memset(memory.data(), 1, bytes);
-}
 
 }  // namespace ferry::bench

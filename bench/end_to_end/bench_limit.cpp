@@ -27,6 +27,7 @@
 #include "ferry/models/model.h"
 #include "ferry/weights/checkpoint.h"
 #include "free_reads.h"
+#include "warm_memory.h"
 
 namespace {
 

@@ -36,6 +36,7 @@
 #include "ferry/testing/fake_accelerator.h"
 #include "ferry/weights/stub.h"
 #include "free_reads.h"
+#include "warm_memory.h"
 
 namespace {
 

@@ -156,18 +156,15 @@ TEST_P(ReadEngineTest, AWindowKeepsTheOrder) {
   o.request_bytes = 64 << 10;
   constexpr size_t kPieces = 48;
   for (int round = 0; round < 20; ++round) {
+    // A request each: none goes past a multiple of its size.
+    AlignedBuffer memory(kPieces * o.request_bytes, o.request_bytes);
     auto engine = make_read_engine(o);
     std::vector<ReadTicketPtr> tickets;
-    // A request each: none goes past a multiple of its size.
-    AlignedBuffer memory((kPieces + 1) * o.request_bytes);
-    void* place = memory.data();
-    size_t space = memory.size_bytes();
-    auto* first = static_cast<std::byte*>(std::align(o.request_bytes, 1, place, space));
     // Each more than a quarter of the window, so that no two share a half. Long ones first, which
     // the short ones behind them would overtake.
     for (size_t i = 0; i < kPieces; ++i) {
       const size_t size = i % 4 == 0 ? 64 << 10 : 36 << 10;
-      std::byte* into = first + i * o.request_bytes;
+      std::byte* into = memory.data() + i * o.request_bytes;
       tickets.push_back(engine->submit({{file_, i * (8 << 10), size, size, into}}));
     }
     while (!tickets.back()->done()) {
@@ -343,8 +340,6 @@ TEST_P(ReadEngineTest, FilesInMemory) {
   EXPECT_EQ(seen(buffer, 0, 65536), std::string_view(content()).substr(8192, 65536));
 }
 
-// With a clock of its own: reads that wait while the consumer computes are credited that time, as a
-// disk would read on; idle time is not.
 // Two that share a huge page of new memory would both clear it.
 TEST(ReadTicket, ChunksEndWhereMemoryHasAMultipleOfTheirSize) {
   TempFolder folder;
@@ -364,12 +359,16 @@ TEST(ReadTicket, ChunksEndWhereMemoryHasAMultipleOfTheirSize) {
     position += size;
     const auto first = reinterpret_cast<uintptr_t>(chunk.into);
     EXPECT_EQ(first / kChunk, (first + size - 1) / kChunk);
-    if (ticket->has_next()) EXPECT_EQ((first + size) % kChunk, 0u);
+    if (ticket->has_next()) {
+      EXPECT_EQ((first + size) % kChunk, 0u);
+    }
     ticket->chunk_ended();
   }
   EXPECT_EQ(position, request.size_bytes);
 }
 
+// With a clock of its own: reads that wait while the consumer computes are credited that time, as a
+// disk would read on; idle time is not.
 TEST(RateLimiter, CreditsWaitingTimeOnly) {
   using std::chrono::milliseconds;
   RateLimiter limiter(1000);  // a byte each millisecond
