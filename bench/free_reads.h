@@ -34,7 +34,7 @@ class FreeReads {
   void run() { reader_->wait(reader_->submit(requests_)); }
 
  private:
-  static constexpr uint64_t kRequest = 1 << 20;
+  static constexpr uint64_t kRequest = 2 << 20;
   io::AlignedBuffer scratch_;
   std::unique_ptr<io::ReadEngine> reader_;
   std::vector<io::ReadRequest> requests_;

@@ -243,10 +243,7 @@ nlohmann::json overhead(const Options& options) {
         }
         moving = median_of(options.rounds, [&] {
           const auto begin = Clock::now();
-          for (const io::ReadRequest& request : requests) {
-            reader->submit({request});
-            reader->poll();
-          }
+          for (const io::ReadRequest& request : requests) reader->submit({request});
           reader->wait(reader->submit({requests.back()}));
           return since(begin) / static_cast<double>(count) * 1e6;
         });

@@ -47,22 +47,20 @@ struct ReadEngineOptions {
   uint64_t request_bytes = 2 << 20;
   // Requests in flight at once.
   unsigned queue_depth = 64;
-  // With io_uring about so many bytes of them are on their way at once, in the order of asking, and
-  // the kernel holds the rest. A disk serves all that it is given side by side: without this,
-  // whoever waits for the first of many waits for nearly all of them. 0: no order.
+  // With io_uring nothing is asked of the kernel that lies so many bytes behind the first read that
+  // has not ended, in the order of asking. A disk serves all that it is given side by side: without
+  // this, whoever waits for the first of many waits for nearly all of them. 0: no order.
   uint64_t window_bytes = 32 << 20;
   // Threads of the pread pool.
   unsigned pread_threads = 4;
   // Use O_DIRECT where possible. Off reads through the page cache (right when it holds the model).
   bool direct = true;
-  // Upper limit in bytes a second over all reads; 0 is none. For planning and benches. With
-  // io_uring reads start only in submit(), poll() and wait(); time between them is credited while
-  // reads wait.
+  // Upper limit in bytes a second over all reads; 0 is none. For planning and benches.
   uint64_t rate_limit_bytes_per_s = 0;
 };
 
-// Not thread-safe: one consumer submits and reaps (the offload engine serialises its callers).
-// Destroying the engine waits until the kernel no longer writes into any buffer.
+// Reads on threads of its own: with io_uring one that sleeps until several reads have ended.
+// Thread-safe. Destroying the engine waits until the kernel no longer writes into any buffer.
 class ReadEngine {
  public:
   virtual ~ReadEngine() = default;
@@ -70,9 +68,6 @@ class ReadEngine {
   // Queues the requests as one ticket and starts as many as there is room for. Never waits for I/O.
   // The buffers must stay until the ticket is done (also after cancel()).
   virtual ReadTicketPtr submit(std::vector<ReadRequest> requests) = 0;
-  // Reaps what completed and starts what waits. Never blocks. Called from the compute thread at
-  // lease and release, so it must be cheap when nothing happened.
-  virtual void poll() = 0;
   // Blocks until the ticket is done. Throws its IoError: file, offset, got, expected; or Cancelled.
   virtual void wait(const ReadTicketPtr& ticket) = 0;
   // Drops what has not started, and returns once nothing of the ticket writes any more.

@@ -1,5 +1,8 @@
 #include "ferry/io/read_ticket.h"
 
+#include <pthread.h>
+#include <signal.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -112,9 +115,7 @@ ChunkResult take_result(Chunk& chunk, int64_t result, uint64_t& arrived, std::st
   };
   if (result < 0) {
     int reason = static_cast<int>(-result);
-    // ECANCELED without our asking, and EFAULT: the thread that submitted it has ended, the latter
-    // where the kernel had not started it yet.
-    bool transient = reason == EINTR || reason == EAGAIN || reason == ECANCELED || reason == EFAULT;
+    bool transient = reason == EINTR || reason == EAGAIN;
     if (transient && ++chunk.retries <= kMaxRetries) return ChunkResult::again;
     if (reason == EINVAL && chunk.direct) {
       log_direct_refused(chunk);
@@ -154,6 +155,96 @@ RateLimiter::Clock::time_point RateLimiter::start_of(uint64_t bytes) const {
   if (!limited()) return next_;
   auto span = std::chrono::duration<double>(static_cast<double>(bytes) / rate_);
   return next_ + std::chrono::duration_cast<Clock::duration>(span);
+}
+
+ThreadedEngine::ThreadedEngine(const ReadEngineOptions& options, std::string reason)
+    : options_(options), reason_(std::move(reason)), limiter_(options.rate_limit_bytes_per_s) {}
+
+void ThreadedEngine::start_thread(std::function<void()> work) {
+  // Signals are for the program's own threads.
+  sigset_t all;
+  sigset_t before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    threads_.emplace_back(std::move(work));
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void ThreadedEngine::stop() {
+  {
+    std::lock_guard lock(mutex_);
+    quit_ = true;
+    for (const auto& ticket : queue_.all()) ticket->cancel();
+    for (const auto& ticket : reading_) ticket->cancel();
+  }
+  work_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+ReadTicketPtr ThreadedEngine::submit(std::vector<ReadRequest> requests) {
+  auto ticket = std::make_shared<Ticket>(std::move(requests), options_.direct);
+  if (ticket->done()) return ticket;
+  {
+    std::lock_guard lock(mutex_);
+    if (!queue_.front()) limiter_.begin(RateLimiter::Clock::now());
+    queue_.push(ticket);
+    ticket_came_locked();
+  }
+  work_.notify_all();
+  return ticket;
+}
+
+void ThreadedEngine::wait(const ReadTicketPtr& ticket) {
+  auto& mine = static_cast<Ticket&>(*ticket);
+  std::unique_lock lock(mutex_);
+  ended_.wait(lock, [&mine] { return mine.done(); });
+  mine.rethrow();
+}
+
+void ThreadedEngine::cancel(const ReadTicketPtr& ticket) {
+  auto& mine = static_cast<Ticket&>(*ticket);
+  std::unique_lock lock(mutex_);
+  mine.cancel();
+  ended_.wait(lock, [&mine] { return mine.done(); });
+}
+
+std::optional<uint64_t> ThreadedEngine::next_size_locked() {
+  const std::shared_ptr<Ticket>& front = queue_.front();
+  if (!front) return std::nullopt;
+  return front->next_size(options_.request_bytes);
+}
+
+std::optional<RateLimiter::Clock::time_point> ThreadedEngine::when_locked(uint64_t bytes) {
+  if (!limiter_.limited()) return std::nullopt;
+  const auto start = limiter_.start_of(bytes);
+  if (RateLimiter::Clock::now() < start) return start;
+  limiter_.take(bytes);
+  return std::nullopt;
+}
+
+Chunk ThreadedEngine::next_locked() {
+  std::shared_ptr<Ticket> front = queue_.front();
+  reading_.push_back(front);
+  return front->next(front, options_.request_bytes);
+}
+
+bool ThreadedEngine::ended_locked(Chunk& chunk, int64_t result) {
+  uint64_t arrived = 0;
+  std::string error;
+  const ChunkResult outcome = take_result(chunk, result, arrived, error);
+  bytes_read_.fetch_add(arrived, std::memory_order_relaxed);
+  Ticket& ticket = *chunk.ticket;
+  if (outcome == ChunkResult::failed) ticket.fail(std::move(error));
+  if (outcome == ChunkResult::again && !ticket.stopped()) return false;
+  reading_.erase(std::find(reading_.begin(), reading_.end(), chunk.ticket));
+  ticket.chunk_ended();
+  if (ticket.done()) ended_.notify_all();
+  return true;
 }
 
 }  // namespace ferry::io

@@ -4,9 +4,14 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "ferry/io/read_engine.h"
@@ -33,8 +38,8 @@ struct Chunk {
   std::byte* next_into() const { return into + done_bytes; }
 };
 
-// The ticket of both engines. done() may be asked from any thread; the rest belongs to the engine
-// (the pread pool guards it with its mutex).
+// The ticket of both engines. done() may be asked from any thread; the rest is guarded by the
+// engine's mutex.
 class Ticket final : public ReadTicket {
  public:
   // Throws ArgumentError for a request without file or memory.
@@ -110,6 +115,48 @@ class RateLimiter {
  private:
   double rate_;
   Clock::time_point next_{};
+};
+
+// What both engines are: consumers leave tickets, threads of the engine's own read their chunks.
+class ThreadedEngine : public ReadEngine {
+ public:
+  ReadTicketPtr submit(std::vector<ReadRequest> requests) override;
+  void wait(const ReadTicketPtr& ticket) override;
+  void cancel(const ReadTicketPtr& ticket) override;
+  const std::string& reason() const override { return reason_; }
+  uint64_t bytes_read() const override { return bytes_read_.load(std::memory_order_relaxed); }
+
+ protected:
+  ThreadedEngine(const ReadEngineOptions& options, std::string reason);
+
+  // Throws std::system_error.
+  void start_thread(std::function<void()> work);
+  // Drops what has not started and waits for the threads. Each engine's destructor calls it.
+  void stop();
+
+  // The chunk that comes next, and none where nothing waits. REQUIRES of the others: there is one.
+  std::optional<uint64_t> next_size_locked();
+  // When the rate allows it, if that is later; else it counts as begun.
+  std::optional<RateLimiter::Clock::time_point> when_locked(uint64_t bytes);
+  Chunk next_locked();
+  // Takes in a read's result: bytes, or -errno. False if the chunk has to be read on.
+  bool ended_locked(Chunk& chunk, int64_t result);
+  // A ticket was left.
+  virtual void ticket_came_locked() {}
+
+  const ReadEngineOptions options_;
+  std::mutex mutex_;
+  std::condition_variable work_;  // a ticket came, or quit_
+  bool quit_ = false;             // guarded by mutex_
+
+ private:
+  const std::string reason_;
+  std::atomic<uint64_t> bytes_read_{0};
+  std::condition_variable ended_;  // a ticket is done
+  RateLimiter limiter_;            // guarded by mutex_, as are those below
+  TicketQueue queue_;
+  std::vector<std::shared_ptr<Ticket>> reading_;  // once for each chunk in flight
+  std::vector<std::thread> threads_;
 };
 
 // Engines; throw IoError if they cannot be had. `reason` tells what is used and why.

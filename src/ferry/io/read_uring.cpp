@@ -1,12 +1,17 @@
-// io_uring: the consumer's own thread submits and reaps, no other thread is involved.
+// io_uring: a thread of the engine's own submits and reaps, several reads each time it wakes.
 #include <liburing.h>
-#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <deque>
 #include <optional>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "ferry/base/error.h"
@@ -16,19 +21,20 @@
 namespace ferry::io {
 namespace {
 
-// A chunk in flight. Slots are addressed by index, which travels as the request's user data.
-struct Slot {
-  Chunk chunk;
-  bool used = false;
-};
-constexpr uint64_t kBarrier = ~uint64_t{0};
+constexpr uint64_t kBell = ~uint64_t{0};
 
 // Closes itself.
 class Ring {
  public:
   // Throws IoError if it cannot be had.
   explicit Ring(unsigned entries) {
-    int error = io_uring_queue_init(entries, &ring_, 0);
+    // Who submits is woken for completions, not interrupted by them (Linux 6.1). The ring belongs
+    // to the thread that enables it.
+    constexpr unsigned kOneThread =
+        IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_R_DISABLED;
+    int error = io_uring_queue_init(entries, &ring_, kOneThread);
+    disabled_ = error == 0;
+    if (error == -EINVAL) error = io_uring_queue_init(entries, &ring_, 0);
     if (error == 0) return;
     const char* hint = "";
     if (error == -EPERM) hint = " (seccomp or kernel.io_uring_disabled)";
@@ -39,241 +45,215 @@ class Ring {
   Ring& operator=(const Ring&) = delete;
   ~Ring() { io_uring_queue_exit(&ring_); }
 
+  // From the thread that will submit.
+  void enable() {
+    // liburing 2.3 declares io_uring_enable_rings() and does not export it.
+    if (disabled_)
+      ::syscall(__NR_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0);
+  }
   io_uring* get() { return &ring_; }
-  int fd() const { return ring_.ring_fd; }
 
  private:
   io_uring ring_{};
+  bool disabled_ = false;
 };
 
-class UringEngine final : public ReadEngine {
+class UringEngine final : public ThreadedEngine {
  public:
   UringEngine(const ReadEngineOptions& options, std::string reason)
-      : options_(options),
-        reason_(std::move(reason)),
-        limiter_(options.rate_limit_bytes_per_s),
+      : ThreadedEngine(options, std::move(reason)),
+        batch_(batch_of(options)),
         slots_(options.queue_depth),
-        rings_{Ring(options.queue_depth + 1), Ring(options.queue_depth + 1)} {  // and a barrier
-    io_uring_probe* probe = io_uring_get_probe_ring(rings_[0].get());
-    bool can_read = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_READ) != 0;
+        ring_(options.queue_depth + 1) {  // and the bell
+    io_uring_probe* probe = io_uring_get_probe_ring(ring_.get());
+    const bool can_read = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_READ) != 0;
     io_uring_free_probe(probe);
     if (!can_read) throw IoError("this kernel's io_uring has no read operation (Linux 5.6 has)");
     for (unsigned i = 0; i < slots_.size(); ++i) free_.push_back(i);
+    bell_ = ::eventfd(0, EFD_CLOEXEC);
+    if (bell_ < 0) throw_error<IoError>("eventfd refused: {}", std::strerror(errno));
+    try {
+      start_thread([this] { work(); });
+    } catch (const std::system_error& error) {
+      ::close(bell_);
+      throw_error<IoError>("io_uring: cannot start a thread: {}", error.what());
+    }
   }
 
   ~UringEngine() override {
     // The kernel writes into the caller's memory until the last read has ended.
-    for (const auto& ticket : queue_.all()) ticket->cancel();
-    for (const Slot& slot : slots_) {
-      if (slot.used) slot.chunk.ticket->cancel();
-    }
-    try {
-      drain([this] { return in_flight() == 0 && again_.empty(); });
-    } catch (const std::exception& error) {
-      log::error("io_uring: {}", error.what());
-    }
-  }
-
-  ReadTicketPtr submit(std::vector<ReadRequest> requests) override {
-    auto ticket = std::make_shared<Ticket>(std::move(requests), options_.direct);
-    if (ticket->done()) return ticket;
-    if (!queue_.front()) limiter_.begin(RateLimiter::Clock::now());
-    queue_.push(ticket);
-    poll();
-    return ticket;
-  }
-
-  void poll() override {
-    reap();
-    start();
-  }
-
-  void wait(const ReadTicketPtr& ticket) override {
-    auto& mine = static_cast<Ticket&>(*ticket);
-    poll();
-    drain([&mine] { return mine.done(); });
-    mine.rethrow();
-  }
-
-  void cancel(const ReadTicketPtr& ticket) override {
-    auto& mine = static_cast<Ticket&>(*ticket);
-    mine.cancel();
-    drain([&mine] { return mine.done(); });
+    stop();
+    ::close(bell_);
   }
 
   ReadBackend backend() const override { return ReadBackend::io_uring; }
-  const std::string& reason() const override { return reason_; }
-  uint64_t bytes_read() const override { return bytes_read_; }
 
  private:
+  // A chunk that the kernel has, in the order of asking.
+  struct Slot {
+    Chunk chunk;
+    uint64_t sequence = 0;
+  };
+
+  static unsigned batch_of(const ReadEngineOptions& options) {
+    uint64_t most = options.queue_depth;
+    if (options.window_bytes > 0)
+      most = std::min(most, options.window_bytes / options.request_bytes);
+    return static_cast<unsigned>(std::clamp<uint64_t>(most / 4, 1, 4));
+  }
+
   size_t in_flight() const { return slots_.size() - free_.size(); }
 
-  // Takes in all completions that are there. The completion ring is shared memory: looking into an
-  // empty one costs no system call.
-  void reap() {
-    io_uring_cqe* batch[64];
-    for (Ring& ring : rings_) {
-      unsigned count = 0;
-      while ((count = io_uring_peek_batch_cqe(ring.get(), batch, 64)) > 0) {
-        for (unsigned i = 0; i < count; ++i) {
-          const uint64_t index = io_uring_cqe_get_data64(batch[i]);
-          if (index != kBarrier) complete(static_cast<unsigned>(index), batch[i]->res);
+  void work() {
+    ring_.enable();
+    std::unique_lock lock(mutex_);
+    while (true) {
+      const std::optional<RateLimiter::Clock::time_point> later = start_locked();
+      if (in_flight() == 0) {
+        if (later) {
+          work_.wait_until(lock, *later);
+        } else if (!quit_) {
+          work_.wait(lock);
+        } else {
+          return;
         }
-        io_uring_cq_advance(ring.get(), count);
+        continue;
       }
+      // While there is room, who leaves a ticket rings.
+      const bool room = !later && !free_.empty() && !window_full_;
+      if (room) ask_for_bell();
+      listening_ = room;
+      lock.unlock();
+      const auto batch = std::min(batch_, static_cast<unsigned>(in_flight()));
+      const int error = submit_and_wait(room ? 1 : batch, later);
+      lock.lock();
+      listening_ = false;
+      if (error < 0) refused_locked(error, lock);
+      reap_locked();
     }
   }
 
-  void complete(unsigned index, int result) {
-    Chunk chunk = std::move(slots_[index].chunk);
-    slots_[index] = {};
-    free_.push_back(index);
+  void ticket_came_locked() override {
+    if (std::exchange(listening_, false)) ::eventfd_write(bell_, 1);
+  }
+
+  void ask_for_bell() {
+    if (bell_asked_) return;
+    io_uring_sqe* sqe = io_uring_get_sqe(ring_.get());
+    if (sqe == nullptr) return;
+    io_uring_prep_read(sqe, bell_, &bell_count_, sizeof(bell_count_), 0);
+    io_uring_sqe_set_data64(sqe, kBell);
+    bell_asked_ = true;
+  }
+
+  // 0, or -errno.
+  int submit_and_wait(unsigned count, std::optional<RateLimiter::Clock::time_point> until) {
+    int result = 0;
+    if (until) {
+      using std::chrono::nanoseconds;
+      const auto span = std::clamp<nanoseconds>(*until - RateLimiter::Clock::now(), nanoseconds(0),
+                                                std::chrono::seconds(1));
+      __kernel_timespec limit{span.count() / 1'000'000'000, span.count() % 1'000'000'000};
+      io_uring_cqe* first = nullptr;
+      result = io_uring_submit_and_wait_timeout(ring_.get(), &first, 1, &limit, nullptr);
+    } else {
+      result = io_uring_submit_and_wait(ring_.get(), count);
+    }
+    return result == -ETIME || result == -EINTR ? 0 : std::min(result, 0);
+  }
+
+  // The kernel is short of memory, or wants completions taken in first.
+  void refused_locked(int error, std::unique_lock<std::mutex>& lock) {
+    if (error != -EAGAIN && error != -EBUSY)
+      log::error("io_uring_enter failed: {}", std::strerror(-error));
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    lock.lock();
+  }
+
+  void reap_locked() {
+    io_uring_cqe* batch[64];
+    unsigned count = 0;
+    while ((count = io_uring_peek_batch_cqe(ring_.get(), batch, 64)) > 0) {
+      for (unsigned i = 0; i < count; ++i) {
+        const uint64_t index = io_uring_cqe_get_data64(batch[i]);
+        if (index < slots_.size()) complete_locked(static_cast<unsigned>(index), batch[i]->res);
+        if (index == kBell) bell_asked_ = false;
+      }
+      io_uring_cq_advance(ring_.get(), count);
+    }
+  }
+
+  void complete_locked(unsigned index, int result) {
+    Slot& slot = slots_[index];
+    Chunk& chunk = slot.chunk;
     result = chunk.request->file->system().read_completed(chunk.fd(), chunk.next_offset(),
                                                           chunk.next_size(), result);
-    uint64_t arrived = 0;
-    std::string error;
-    ChunkResult outcome = take_result(chunk, result, arrived, error);
-    bytes_read_ += arrived;
-    Ticket& ticket = *chunk.ticket;
-    if (outcome == ChunkResult::again && !ticket.stopped()) {
-      again_.push_back(std::move(chunk));
-      return;
+    if (ended_locked(chunk, result)) {
+      window_[slot.sequence - window_begin_].ended = true;
+      slot = {};
+      free_.push_back(index);
+    } else {
+      prepare(index);
     }
-    if (outcome == ChunkResult::failed) ticket.fail(std::move(error));
-    ticket.chunk_ended();
+    while (!window_.empty() && window_.front().ended) {
+      window_used_ -= window_.front().bytes;
+      window_.pop_front();
+      ++window_begin_;
+    }
   }
 
-  // Starts what there is room for. All of it goes to the kernel in one call.
-  void start() {
-    drop_stopped();
-    while (!free_.empty() && !again_.empty()) {
-      if (!prepare(again_.back())) break;
-      again_.pop_back();
-    }
+  // Prepares what there is room for; all of it goes to the kernel in one call. Returns when the
+  // rate allows more.
+  std::optional<RateLimiter::Clock::time_point> start_locked() {
+    window_full_ = false;
+    std::optional<RateLimiter::Clock::time_point> later;
     while (!free_.empty()) {
-      const std::shared_ptr<Ticket>& ticket = queue_.front();
-      if (!ticket) break;
-      if (limiter_.limited()) {
-        uint64_t bytes = ticket->next_size(options_.request_bytes);
-        if (RateLimiter::Clock::now() < limiter_.start_of(bytes)) break;
-        limiter_.take(bytes);
-      }
-      std::shared_ptr<Ticket> self = ticket;
-      Chunk chunk = self->next(self, options_.request_bytes);
-      if (!prepare(chunk)) {
-        again_.push_back(std::move(chunk));
-        break;
-      }
+      const std::optional<uint64_t> size = next_size_locked();
+      if (!size) break;
+      window_full_ = options_.window_bytes > 0 && window_used_ > 0 &&
+                     window_used_ + *size > options_.window_bytes;
+      if (window_full_) break;
+      later = when_locked(*size);
+      if (later) break;
+      const unsigned index = free_.back();
+      free_.pop_back();
+      slots_[index] = {next_locked(), window_begin_ + window_.size()};
+      window_.push_back({*size, false});
+      window_used_ += *size;
+      prepare(index);
     }
-    flush();
+    return later;
   }
 
-  // Hands prepared requests to the kernel. What it does not take now, it takes at the next call.
-  void flush() {
-    for (Ring& ring : rings_) {
-      if (io_uring_sq_ready(ring.get()) == 0) continue;
-      int result = 0;
-      do {
-        result = io_uring_submit(ring.get());
-      } while (result == -EINTR);
-      // EAGAIN, EBUSY: the kernel is short of memory or wants completions taken in first.
-      if (result < 0 && result != -EAGAIN && result != -EBUSY) {
-        throw_error<IoError>("io_uring_enter failed: {}", std::strerror(-result));
-      }
-    }
-  }
-
-  // The window has two halves, each with a ring of its own: when one is full the next reads go to
-  // the other ring, behind a barrier that waits for the half before in that ring. The kernel does
-  // that with nobody here awake, and the disk has always at least half a window before it; with one
-  // ring it would run dry at each barrier.
-  bool prepare(Chunk& chunk) {
-    const uint64_t half_bytes = options_.window_bytes / 2;
-    // Halves that began together would also end together.
-    if (in_flight() == 0) half_used_ = half_bytes / 2;
-    const bool full = half_bytes > 0 && half_used_ + chunk.next_size() > half_bytes;
-    const size_t half = full ? 1 - half_ : half_;
-    io_uring* ring = rings_[half].get();
-    if (io_uring_sq_space_left(ring) < 2) return false;
-    if (full) {
-      // A barrier that is a read would itself be waited for by all behind it.
-      io_uring_sqe* barrier = io_uring_get_sqe(ring);
-      io_uring_prep_nop(barrier);
-      io_uring_sqe_set_flags(barrier, IOSQE_IO_DRAIN);
-      io_uring_sqe_set_data64(barrier, kBarrier);
-      half_used_ = 0;
-    }
-    half_ = half;
-    half_used_ += chunk.next_size();
-    unsigned index = free_.back();
-    free_.pop_back();
-    io_uring_sqe* sqe = io_uring_get_sqe(ring);
+  void prepare(unsigned index) {
+    const Chunk& chunk = slots_[index].chunk;
+    io_uring_sqe* sqe = io_uring_get_sqe(ring_.get());
     io_uring_prep_read(sqe, chunk.fd(), chunk.next_into(), static_cast<unsigned>(chunk.next_size()),
                        chunk.next_offset());
     io_uring_sqe_set_data64(sqe, index);
-    slots_[index] = {std::move(chunk), true};
-    return true;
   }
 
-  void drop_stopped() {
-    for (size_t i = 0; i < again_.size();) {
-      if (!again_[i].ticket->stopped()) {
-        ++i;
-        continue;
-      }
-      again_[i].ticket->chunk_ended();
-      again_[i] = std::move(again_.back());
-      again_.pop_back();
-    }
-  }
+  // Of the window: what was asked for from the first unfinished chunk on.
+  struct Asked {
+    uint64_t bytes;
+    bool ended;
+  };
 
-  // Works until `finished()`, asleep in the kernel while there is nothing to do.
-  template <class F>
-  void drain(F finished) {
-    while (true) {
-      reap();
-      if (finished()) return;
-      start();
-      if (finished()) return;
-      if (in_flight() == 0 && !(limiter_.limited() && queue_.front())) continue;
-      sleep();
-    }
-  }
-
-  void sleep() {
-    using std::chrono::nanoseconds;
-    std::optional<nanoseconds> timeout;
-    const std::shared_ptr<Ticket>& next = queue_.front();
-    const auto refused = [](Ring& ring) { return io_uring_sq_ready(ring.get()) > 0; };
-    if (std::any_of(rings_.begin(), rings_.end(), refused)) {
-      // The kernel refused some for now; nothing may complete that would wake us.
-      timeout = std::chrono::milliseconds(1);
-    } else if (limiter_.limited() && next && !free_.empty()) {
-      auto start = limiter_.start_of(next->next_size(options_.request_bytes));
-      timeout = std::clamp<nanoseconds>(start - RateLimiter::Clock::now(), nanoseconds(0),
-                                        std::chrono::seconds(1));
-    }
-    timespec limit{};
-    if (timeout) limit = {timeout->count() / 1'000'000'000, timeout->count() % 1'000'000'000};
-    std::array<pollfd, 2> completions = {pollfd{rings_[0].fd(), POLLIN, 0},
-                                         pollfd{rings_[1].fd(), POLLIN, 0}};
-    int result = ppoll(completions.data(), completions.size(), timeout ? &limit : nullptr, nullptr);
-    if (result < 0 && errno != EINTR && errno != EAGAIN) {
-      throw_error<IoError>("io_uring: waiting for reads failed: {}", std::strerror(errno));
-    }
-  }
-
-  const ReadEngineOptions options_;
-  std::string reason_;
-  RateLimiter limiter_;
-  TicketQueue queue_;
-  std::vector<Chunk> again_;  // to be issued once more
-  std::vector<Slot> slots_;
+  // Completions that it wakes for where there is no room for more reads: waking costs those who
+  // compute, and a quarter of the window may end before the disk feels it.
+  const unsigned batch_;
+  std::vector<Slot> slots_;  // by index, which travels as the read's user data
   std::vector<unsigned> free_;
-  uint64_t bytes_read_ = 0;
-  std::array<Ring, 2> rings_;
-  size_t half_ = 0;         // of the window, that reads are added to
-  uint64_t half_used_ = 0;  // of its bytes
+  std::deque<Asked> window_;
+  uint64_t window_begin_ = 0;  // the first one's sequence number
+  uint64_t window_used_ = 0;
+  bool window_full_ = false;
+  bool listening_ = false;
+  int bell_ = -1;
+  uint64_t bell_count_ = 0;
+  bool bell_asked_ = false;
+  Ring ring_;
 };
 
 }  // namespace

@@ -65,7 +65,7 @@ class Carrier {
   // host home holds stays unless `forget_host`.
   virtual void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept = 0;
   // Takes in what arrived; never waits.
-  virtual void poll() = 0;
+  virtual void poll() {}
   // What the disk did between leases that waited for it, in all.
   virtual ReadTime read_time() const { return {}; }
   // Pinned host memory that it has, and the most of it ever held.

@@ -1,5 +1,4 @@
-// Where compute happens on the CPU: reads land in the arena, where the parameters alias them. No
-// thread: the consumer submits and reaps.
+// Where compute happens on the CPU: reads land in the arena, where the parameters alias them.
 #include <utility>
 
 #include "ferry/base/trace.h"
@@ -93,7 +92,6 @@ class CpuCarrier final : public Carrier {
     free_ranges(piece);
   }
 
-  void poll() override { context_.reader.poll(); }
   ReadTime read_time() const override { return busy_; }
 
  private:
@@ -115,7 +113,6 @@ class CpuCarrier final : public Carrier {
   }
 
   void wait_for(Piece& piece) {
-    context_.reader.poll();
     const bool waits = !piece.ticket->done();
     context_.reader.wait(piece.ticket);
     if (!waits) return;

@@ -156,7 +156,6 @@ class DeviceCarrier final : public Carrier {
   }
 
   void poll() override {
-    context_.reader.poll();
     for (size_t i = 0; i < reading_.size();) {
       Piece* piece = reading_[i];
       if (!piece->ticket->done()) {
