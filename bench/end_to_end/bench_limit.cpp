@@ -111,6 +111,7 @@ int run(int argc, char** argv) {
     engine->unload();
     follow_plan();
 
+    forward(*resident);  // unload() gave the activations' pages back as well
     drop();
     begin = Clock::now();
     std::thread reader([&] {
