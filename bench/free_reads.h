@@ -20,7 +20,6 @@ class FreeReads {
     io::ReadEngineOptions options;
     options.queue_depth = 512;
     options.window_bytes = 0;
-    options.request_bytes = kRequest;
     reader_ = io::make_read_engine(options);
     uint64_t place = 0;
     for (const auto& file : files) {
@@ -34,7 +33,7 @@ class FreeReads {
   void run() { reader_->wait(reader_->submit(requests_)); }
 
  private:
-  static constexpr uint64_t kRequest = 2 << 20;
+  static constexpr uint64_t kRequest = io::ReadEngineOptions{}.request_bytes;
   io::AlignedBuffer scratch_;
   std::unique_ptr<io::ReadEngine> reader_;
   std::vector<io::ReadRequest> requests_;

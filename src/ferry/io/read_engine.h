@@ -65,7 +65,7 @@ class ReadEngine {
  public:
   virtual ~ReadEngine() = default;
 
-  // Queues the requests as one ticket and starts as many as there is room for. Never waits for I/O.
+  // Queues the requests as one ticket. Never waits for I/O.
   // The buffers must stay until the ticket is done (also after cancel()).
   virtual ReadTicketPtr submit(std::vector<ReadRequest> requests) = 0;
   // Blocks until the ticket is done. Throws its IoError: file, offset, got, expected; or Cancelled.

@@ -96,9 +96,9 @@ class TicketQueue {
   std::shared_ptr<Ticket> none_;
 };
 
-// Paces reads to an average rate. While work waits, unused time is credited, so that a consumer
-// that polls rarely still gets the rate of a disk that reads all the time; idle time is not. A read
-// starts when a disk of that rate would have finished it, so the rate is never exceeded.
+// Paces reads to an average rate. While work waits, unused time is credited, so that a thread that
+// looks late still gets the rate of a disk that reads all the time; idle time is not. A read starts
+// when a disk of that rate would have finished it, so the rate is never exceeded.
 class RateLimiter {
  public:
   using Clock = std::chrono::steady_clock;

@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <deque>
 #include <optional>
 #include <system_error>
 #include <thread>
@@ -89,10 +88,10 @@ class UringEngine final : public ThreadedEngine {
   ReadBackend backend() const override { return ReadBackend::io_uring; }
 
  private:
-  // A chunk that the kernel has, in the order of asking.
+  // A chunk that the kernel has; free without a ticket.
   struct Slot {
     Chunk chunk;
-    uint64_t sequence = 0;
+    uint64_t begin = 0;  // of it, in all that was asked for
   };
 
   static unsigned batch_of(const ReadEngineOptions& options) {
@@ -108,7 +107,8 @@ class UringEngine final : public ThreadedEngine {
     ring_.enable();
     std::unique_lock lock(mutex_);
     while (true) {
-      const std::optional<RateLimiter::Clock::time_point> later = start_locked();
+      std::optional<RateLimiter::Clock::time_point> later;
+      const bool room = start_locked(later);
       if (in_flight() == 0) {
         if (later) {
           work_.wait_until(lock, *later);
@@ -120,7 +120,6 @@ class UringEngine final : public ThreadedEngine {
         continue;
       }
       // While there is room, who leaves a ticket rings.
-      const bool room = !later && !free_.empty() && !window_full_;
       if (room) ask_for_bell();
       listening_ = room;
       lock.unlock();
@@ -190,40 +189,34 @@ class UringEngine final : public ThreadedEngine {
     result = chunk.request->file->system().read_completed(chunk.fd(), chunk.next_offset(),
                                                           chunk.next_size(), result);
     if (ended_locked(chunk, result)) {
-      window_[slot.sequence - window_begin_].ended = true;
       slot = {};
       free_.push_back(index);
     } else {
       prepare(index);
     }
-    while (!window_.empty() && window_.front().ended) {
-      window_used_ -= window_.front().bytes;
-      window_.pop_front();
-      ++window_begin_;
-    }
   }
 
-  // Prepares what there is room for; all of it goes to the kernel in one call. Returns when the
-  // rate allows more.
-  std::optional<RateLimiter::Clock::time_point> start_locked() {
-    window_full_ = false;
-    std::optional<RateLimiter::Clock::time_point> later;
+  // Prepares what may start; all of it goes to the kernel in one call. True if there is room for
+  // more than was asked for; else `later` is set if it is the rate that holds the next one back.
+  bool start_locked(std::optional<RateLimiter::Clock::time_point>& later) {
+    uint64_t oldest = asked_bytes_;
+    for (const Slot& slot : slots_) {
+      if (slot.chunk.ticket) oldest = std::min(oldest, slot.begin);
+    }
     while (!free_.empty()) {
       const std::optional<uint64_t> size = next_size_locked();
-      if (!size) break;
-      window_full_ = options_.window_bytes > 0 && window_used_ > 0 &&
-                     window_used_ + *size > options_.window_bytes;
-      if (window_full_) break;
+      if (!size) return true;
+      const uint64_t window = asked_bytes_ - oldest;
+      if (options_.window_bytes > 0 && window > 0 && window + *size > options_.window_bytes) break;
       later = when_locked(*size);
       if (later) break;
       const unsigned index = free_.back();
       free_.pop_back();
-      slots_[index] = {next_locked(), window_begin_ + window_.size()};
-      window_.push_back({*size, false});
-      window_used_ += *size;
+      slots_[index] = {next_locked(), asked_bytes_};
+      asked_bytes_ += *size;
       prepare(index);
     }
-    return later;
+    return false;
   }
 
   void prepare(unsigned index) {
@@ -234,21 +227,12 @@ class UringEngine final : public ThreadedEngine {
     io_uring_sqe_set_data64(sqe, index);
   }
 
-  // Of the window: what was asked for from the first unfinished chunk on.
-  struct Asked {
-    uint64_t bytes;
-    bool ended;
-  };
-
   // Completions that it wakes for where there is no room for more reads: waking costs those who
   // compute, and a quarter of the window may end before the disk feels it.
   const unsigned batch_;
   std::vector<Slot> slots_;  // by index, which travels as the read's user data
   std::vector<unsigned> free_;
-  std::deque<Asked> window_;
-  uint64_t window_begin_ = 0;  // the first one's sequence number
-  uint64_t window_used_ = 0;
-  bool window_full_ = false;
+  uint64_t asked_bytes_ = 0;
   bool listening_ = false;
   int bell_ = -1;
   uint64_t bell_count_ = 0;
