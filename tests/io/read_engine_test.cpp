@@ -1,12 +1,16 @@
 #include "ferry/io/read_engine.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #include "ferry/base/error.h"
@@ -415,6 +419,28 @@ TEST(ReadEngineChoice, UringIsUsedWhereItWorks) {
     EXPECT_EQ(engine->backend(), ReadBackend::io_uring);
     EXPECT_THAT(engine->reason(), AllOf(HasSubstr("io_uring"), HasSubstr("available")));
   }
+}
+
+// Going on would let the kernel write into memory that was given back.
+TEST(UringDeathTest, EndsWhereTheKernelTakesNoMoreCalls) {
+  if (!uring_works()) GTEST_SKIP() << "io_uring is refused here";
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  TempFolder folder;
+  write_text(folder / "data", content());
+  auto read_without_a_ring = [&folder] {
+    auto engine = make_read_engine({.backend = ReadBackend::io_uring});
+    const int other = ::open("/dev/null", O_RDONLY);
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      std::error_code ignored;
+      const auto target = std::filesystem::read_symlink(entry.path(), ignored).string();
+      if (target.find("io_uring") != std::string::npos) {
+        ::dup2(other, std::stoi(entry.path().filename()));
+      }
+    }
+    AlignedBuffer buffer(kBlock);
+    engine->wait(engine->submit({{File::open(folder / "data"), 0, kBlock, 0, buffer.data()}}));
+  };
+  EXPECT_DEATH(read_without_a_ring(), "io_uring_enter failed");
 }
 
 TEST(ReadEngineChoice, VariableOverridesAutomaticOnly) {

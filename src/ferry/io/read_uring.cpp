@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <system_error>
@@ -161,10 +162,15 @@ class UringEngine final : public ThreadedEngine {
     return result == -ETIME || result == -EINTR ? 0 : std::min(result, 0);
   }
 
-  // The kernel is short of memory, or wants completions taken in first.
-  void refused_locked(int error, std::unique_lock<std::mutex>& lock) {
-    if (error != -EAGAIN && error != -EBUSY)
-      log::error("io_uring_enter failed: {}", std::strerror(-error));
+  static void refused_locked(int error, std::unique_lock<std::mutex>& lock) {
+    // Anything else is a mistake of ours, and no way out is safe: reads that the kernel has may
+    // write into memory long after who waits for them was told that they failed.
+    if (error != -EAGAIN && error != -EBUSY) {
+      log::error("io_uring_enter failed: {}; reads under way cannot be waited for",
+                 std::strerror(-error));
+      std::abort();
+    }
+    // Short of memory, or completions are to be taken in first.
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
     lock.lock();
