@@ -219,6 +219,32 @@ TEST_P(ReadEngineTest, ThreadsLeaveTicketsAtOnce) {
             std::string_view(content()).substr(0, buffer.size_bytes()));
 }
 
+// A read that hangs (of a pipe, here) holds nobody up: who leaves a ticket wakes the reading
+// thread.
+TEST_P(ReadEngineTest, ReadsWhileAnotherReadHangs) {
+  if (GetParam().backend != ReadBackend::io_uring) GTEST_SKIP() << "pread refuses a pipe";
+  auto engine = make_read_engine(options());
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const auto hung = File::open(folder_ / "data");
+  ASSERT_GE(::dup2(ends[0], hung->buffered_fd()), 0);
+  AlignedBuffer buffer(2 * kBlock);
+  const auto first = engine->submit({{hung, 1, 1, 1, buffer.data() + 1}});
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  const auto second = engine->submit({{file_, 0, kBlock, kBlock, buffer.data() + kBlock}});
+  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (!second->done() && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
+  EXPECT_TRUE(second->done());
+  EXPECT_FALSE(first->done());
+  EXPECT_EQ(::write(ends[1], "x", 1), 1);
+  engine->wait(first);
+  engine->wait(second);
+  EXPECT_EQ(seen(buffer, 1, 1), "x");
+  EXPECT_EQ(seen(buffer, kBlock, kBlock), std::string_view(content()).substr(0, kBlock));
+  ::close(ends[0]);
+  ::close(ends[1]);
+}
+
 TEST_P(ReadEngineTest, ReadsWhileNobodyWaits) {
   ReadEngineOptions o = options();
   o.queue_depth = 1;
