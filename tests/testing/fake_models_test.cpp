@@ -16,7 +16,7 @@ class FakeModelsTest
     : public ::testing::TestWithParam<std::tuple<ModelCase, std::optional<at::ScalarType>>> {};
 
 TEST_P(FakeModelsTest, EqualsTheCpuBitForBit) {
-  // The choice for CPUs without bfloat16 is not made for devices.
+  // What is chosen by CPU is not for devices.
   ::setenv("FERRY_LINEAR_KERNEL", "native", /*overwrite=*/0);
   const at::Device device = FakeAccelerator::install();
   const auto& [one, dtype] = GetParam();

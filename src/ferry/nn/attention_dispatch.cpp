@@ -11,6 +11,7 @@
 
 #include "ferry/base/error.h"
 #include "ferry/base/log.h"
+#include "ferry/nn/attention_kernel.h"
 #include "ferry/nn/linear_kernels.h"
 #include "ferry/weights/stub.h"
 
@@ -45,7 +46,17 @@ void repeat_key_heads(Call& call) {
   call.v = call.v.repeat_interleave(repeats, 1);
 }
 
+bool suits_bf16_attention(const Call& call) {
+  const bool records = at::GradMode::is_enabled() &&
+                       (call.q.requires_grad() || call.k.requires_grad() || call.v.requires_grad());
+  return call.q.is_cpu() && call.q.scalar_type() == at::kBFloat16 && !call.mask &&
+         !call.is_causal && !records && call.k.size(1) == call.q.size(1) &&
+         call.q.size(3) % 2 == 0 && call.q.numel() > 0 && call.k.numel() > 0 &&
+         has_bf16_attention();
+}
+
 at::Tensor run_native(Call& call) {
+  if (suits_bf16_attention(call)) return attention_on_cpu(call.q, call.k, call.v, call.scale);
   return at::scaled_dot_product_attention(call.q, call.k, call.v, call.mask, 0.0, call.is_causal,
                                           call.scale, call.enable_gqa);
 }
@@ -58,6 +69,7 @@ at::Tensor run_math(Call& call) {
 
 at::Tensor run_flash(Call& call) {
   repeat_key_heads(call);
+  if (suits_bf16_attention(call)) return attention_on_cpu(call.q, call.k, call.v, call.scale);
   if (call.q.is_cpu()) {
     make_mask_additive(call);
     return std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(

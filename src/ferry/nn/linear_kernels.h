@@ -41,7 +41,8 @@ struct LinearKernelChoice {
   std::string_view reason;
 };
 
-// Pure. FERRY_LINEAR_KERNEL=native|upcast (read once, by the function below) overrides it on CPUs.
+// Pure. FERRY_LINEAR_KERNEL=native|upcast (read once, by the function below) overrides it on CPUs,
+// and attention is the library's own kernel then.
 LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype,
                                         const CpuFeatures& features);
 // For this machine; logs each outcome once.
