@@ -47,12 +47,10 @@ void repeat_key_heads(Call& call) {
 }
 
 bool suits_bf16_attention(const Call& call) {
-  const bool records = at::GradMode::is_enabled() &&
-                       (call.q.requires_grad() || call.k.requires_grad() || call.v.requires_grad());
   return call.q.is_cpu() && call.q.scalar_type() == at::kBFloat16 && !call.mask &&
-         !call.is_causal && !records && call.k.size(1) == call.q.size(1) &&
-         call.q.size(3) % 2 == 0 && call.q.numel() > 0 && call.k.numel() > 0 &&
-         has_bf16_attention();
+         !call.is_causal && !records_gradient(call.q, call.k, call.v) &&
+         call.k.size(1) == call.q.size(1) && call.q.size(3) % 2 == 0 && call.q.numel() > 0 &&
+         call.k.numel() > 0 && has_bf16_attention();
 }
 
 at::Tensor run_native(Call& call) {

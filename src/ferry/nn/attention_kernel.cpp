@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <exception>
 #include <utility>
 
@@ -65,8 +64,8 @@ class HeadWorker {
   }
 
   void take_head(int64_t batch, int64_t head) {
-    batch_ = batch;
-    head_ = head;
+    head_query_ = query_[batch][head];
+    head_out_ = out_[batch][head];
     keys_in_pairs_.copy_(key_[batch][head].view(at::kInt).t());
     const at::Tensor values = value_[batch][head];
     const int64_t pairs = keys_ / 2;
@@ -76,7 +75,7 @@ class HeadWorker {
   }
 
   void run(int64_t begin, int64_t rows) {
-    const at::Tensor query = query_[batch_][head_].narrow(0, begin, rows);
+    const at::Tensor query = head_query_.narrow(0, begin, rows);
     at::Tensor scores = scores_.narrow(0, 0, rows);
     at::Tensor weights = weights_.narrow(0, 0, rows);
     at::Tensor sums = sums_.narrow(0, 0, rows);
@@ -92,7 +91,7 @@ class HeadWorker {
     blas::brgemm(rows, dim_, even_keys_, even_keys_, dim_, dim_, false,
                  weights.const_data_ptr<Element>(), values_in_pairs_.const_data_ptr<Element>(),
                  sums.mutable_data_ptr<float>());
-    out_[batch_][head_].narrow(0, begin, rows).copy_(sums.div_(total));
+    head_out_.narrow(0, begin, rows).copy_(sums.div_(total));
   }
 
  private:
@@ -104,8 +103,7 @@ class HeadWorker {
   const int64_t dim_ = query_.size(3);
   const int64_t keys_ = key_.size(2);
   const int64_t even_keys_ = keys_ + keys_ % 2;
-  int64_t batch_ = -1;
-  int64_t head_ = -1;
+  at::Tensor head_query_, head_out_;
   at::Tensor keys_in_pairs_, values_in_pairs_, scores_, weights_, sums_;
 };
 
@@ -113,8 +111,7 @@ class HeadWorker {
 
 bool has_bf16_attention() {
   static const bool has =
-      cpu_features().x86 && cpu_features().avx512_bf16 && !blas::could_pack(at::kBFloat16) &&
-      std::getenv("FERRY_LINEAR_KERNEL") == nullptr &&
+      cpu_features().avx512_bf16 && !blas::could_pack(at::kBFloat16) && !forced_linear_kernel() &&
       choose_linear_kernel(at::Device(at::kCPU), at::kBFloat16).kernel == LinearKernel::native &&
       multiplies_bf16();
   return has;

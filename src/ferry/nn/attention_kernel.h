@@ -9,7 +9,7 @@
 namespace ferry::nn {
 
 // Whether attention_on_cpu() runs here and the library's flash kernel does not use the same
-// products. Found once; false where FERRY_LINEAR_KERNEL names a kernel (linear_kernels.h).
+// products. Found once; false where a kernel is forced (forced_linear_kernel()).
 bool has_bf16_attention();
 
 // softmax(query key^T * scale) value: products of bfloat16 into float32 and softmax in float32, as

@@ -93,11 +93,6 @@ bool low_precision(at::ScalarType dtype) {
   return dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
-bool records_gradient(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  return at::GradMode::is_enabled() &&
-         (x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad()));
-}
-
 bool use_upcast(const at::Tensor& x, const at::Tensor& weight) {
   if (!x.is_cpu() || !low_precision(weight.scalar_type())) return false;
   return x.scalar_type() == weight.scalar_type() &&
@@ -114,6 +109,14 @@ std::optional<at::Tensor> widened(const at::Tensor& tensor) {
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = detect_cpu_features();
   return features;
+}
+
+std::optional<LinearKernel> forced_linear_kernel() {
+  const std::string name = upper_environment("FERRY_LINEAR_KERNEL");
+  if (name.empty()) return std::nullopt;
+  if (name == "NATIVE") return LinearKernel::native;
+  if (name == "UPCAST") return LinearKernel::upcast_blocks;
+  throw_error<ArgumentError>("FERRY_LINEAR_KERNEL: got '{}', expected native or upcast", name);
 }
 
 LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype,
@@ -145,16 +148,11 @@ LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype)
     return {LinearKernel::native, "not a half-precision dtype on a CPU"};
   }
   static const auto choices = [] {
-    std::string forced = upper_environment("FERRY_LINEAR_KERNEL");
-    if (!forced.empty() && forced != "NATIVE" && forced != "UPCAST") {
-      throw_error<ArgumentError>("FERRY_LINEAR_KERNEL: got '{}', expected native or upcast",
-                                 forced);
-    }
+    const std::optional<LinearKernel> forced = forced_linear_kernel();
     std::array<LinearKernelChoice, 2> both{};
     for (at::ScalarType type : {at::kBFloat16, at::kHalf}) {
       auto choice = choose_linear_kernel(at::Device(at::kCPU), type, cpu_features());
-      if (forced == "NATIVE") choice = {LinearKernel::native, "FERRY_LINEAR_KERNEL"};
-      if (forced == "UPCAST") choice = {LinearKernel::upcast_blocks, "FERRY_LINEAR_KERNEL"};
+      if (forced) choice = {*forced, "FERRY_LINEAR_KERNEL"};
       log::debug("{} linear layers on the CPU: {} kernel ({})",
                  type == at::kHalf ? "float16" : "bfloat16",
                  choice.kernel == LinearKernel::native ? "native" : "upcast_blocks", choice.reason);

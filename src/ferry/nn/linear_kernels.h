@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <optional>
 #include <string>
@@ -41,8 +42,10 @@ struct LinearKernelChoice {
   std::string_view reason;
 };
 
-// Pure. FERRY_LINEAR_KERNEL=native|upcast (read once, by the function below) overrides it on CPUs,
-// and attention is the library's own kernel then.
+// FERRY_LINEAR_KERNEL=native|upcast, where it is set. Throws ArgumentError for anything else.
+std::optional<LinearKernel> forced_linear_kernel();
+
+// Pure. forced_linear_kernel() overrides it on CPUs in the function below, which reads it once.
 LinearKernelChoice choose_linear_kernel(at::Device device, at::ScalarType dtype,
                                         const CpuFeatures& features);
 // For this machine; logs each outcome once.
@@ -68,6 +71,12 @@ at::Tensor linear_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& bias);
 at::Tensor conv2d_upcast_blocks(const at::Tensor& x, const at::Tensor& weight,
                                 const at::Tensor& bias, const Conv2dGeometry& geometry);
+
+// Whether an operation on these, some perhaps undefined, is recorded for autograd.
+template <class... Tensors>
+bool records_gradient(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && ((tensors.defined() && tensors.requires_grad()) || ...);
+}
 
 // An optional argument of torch from a tensor that may be undefined.
 inline std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {

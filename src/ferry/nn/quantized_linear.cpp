@@ -65,8 +65,7 @@ QuantizedCase case_of(const at::Tensor& x, const QuantizedWeight& weight,
   what.in_features = weight.columns();
   what.out_features = weight.rows();
   what.dtype = x.scalar_type();
-  what.records_gradient =
-      at::GradMode::is_enabled() && (x.requires_grad() || (bias.defined() && bias.requires_grad()));
+  what.records_gradient = records_gradient(x, bias);
   if (matrix) {
     what.matrix = matrix->values.scalar_type();
     what.scale_per_row = matrix->scale.numel() > 1;
