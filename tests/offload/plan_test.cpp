@@ -146,6 +146,12 @@ TEST(PlanByTime, Table) {
        0,
        0,
        "RddR arena 15 host 0 staging 0 step 22 ms, disk"},
+      {"of plans that compute bounds, the one that reads least",
+       {{300, 400}, {50, 400}, {50, 400}, {50, 400}, {300, 400}, {50, 400}, {50, 400}, {50, 400}},
+       750,
+       0,
+       0,
+       "RdRdRdRd arena 50 host 0 staging 0 step 3200 ms, compute"},
   };
   for (const Row& row : rows) {
     PlanOptions options{.budget_bytes = row.budget_mib * kMiB, .preferred_arena_bytes = 0};
@@ -275,6 +281,29 @@ TEST(PlanByTime, PlansAgainWithMeasuredTimes) {
   const double with_guess = simulate(groups, options, before).prediction.step_s;
   EXPECT_LT(after.prediction.step_s, 0.95 * with_guess);
   EXPECT_LE(after.peak_bytes(), options.budget_bytes);
+}
+
+TEST(PlanByTime, CountsOnLessThanTheWholeRate) {
+  std::mt19937 random(11);
+  int shorter = 0;
+  for (int i = 0; i < 40; ++i) {
+    Sizes sizes;
+    for (int g = 0; g < 30; ++g) sizes.push_back({20 + random() % 80, 20.0 + random() % 80});
+    const auto groups = timed_groups(sizes);
+    PlanOptions options{.budget_bytes = 500 * kMiB, .preferred_arena_bytes = 0};
+    options.rates.disk_bytes_per_s = kDisk;
+    const Plan bold = make_plan(groups, options);
+    options.sure_disk_share = 0.9;
+    const Plan careful = make_plan(groups, options);
+    EXPECT_EQ(careful.prediction.step_s, simulate(groups, options, careful).prediction.step_s);
+
+    options.rates.disk_bytes_per_s = 0.9 * kDisk;  // a slow moment
+    const double with_bold = simulate(groups, options, bold).prediction.step_s;
+    const double with_careful = simulate(groups, options, careful).prediction.step_s;
+    EXPECT_LE(with_careful, 1.02 * with_bold) << "case " << i;
+    shorter += with_careful < 0.98 * with_bold;
+  }
+  EXPECT_GE(shorter, 5);
 }
 
 TEST(PlanByTime, HostMemoryTakesWhatItHasRoomFor) {

@@ -273,7 +273,7 @@ void Search::spread_homes(Candidate& candidate, double pack_share) const {
 
 void Search::consider(Candidate candidate) {
   if (evaluations_left_ <= 0 || !evaluate(candidate)) return;
-  if (best_.placements.empty() || candidate.score < best_.score) best_ = candidate;
+  if (best_.placements.empty() || is_better(candidate, best_)) best_ = candidate;
   auto place =
       std::upper_bound(starts_.begin(), starts_.end(), candidate,
                        [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
@@ -283,6 +283,17 @@ void Search::consider(Candidate candidate) {
   if (known) return;
   starts_.insert(place, std::move(candidate));
   if (starts_.size() > (is_few() ? kStartsOfFew : kStarts)) starts_.pop_back();
+}
+
+// Of those that take hardly longer than they must, the one that keeps most: a slow moment of the
+// disk costs it least.
+bool Search::is_better(const Candidate& candidate, const Candidate& than) const {
+  constexpr double kHardlyLonger = 1.002;
+  const double enough = kHardlyLonger * lower_bound_;
+  if (candidate.score <= enough && than.score <= enough &&
+      candidate.resident_bytes != than.resident_bytes)
+    return candidate.resident_bytes > than.resident_bytes;
+  return candidate.score < than.score;
 }
 
 bool Search::is_few() const {
@@ -313,7 +324,6 @@ void Search::start() {
           Candidate candidate = spread(arena_bytes, sizes[s], evenly);
           spread_homes(candidate, share);
           consider(std::move(candidate));
-          if (good_enough()) return;
           if (!packs) break;
         }
       }
