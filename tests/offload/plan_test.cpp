@@ -283,29 +283,6 @@ TEST(PlanByTime, PlansAgainWithMeasuredTimes) {
   EXPECT_LE(after.peak_bytes(), options.budget_bytes);
 }
 
-TEST(PlanByTime, CountsOnLessThanTheWholeRate) {
-  std::mt19937 random(11);
-  int shorter = 0;
-  for (int i = 0; i < 40; ++i) {
-    Sizes sizes;
-    for (int g = 0; g < 30; ++g) sizes.push_back({20 + random() % 80, 20.0 + random() % 80});
-    const auto groups = timed_groups(sizes);
-    PlanOptions options{.budget_bytes = 500 * kMiB, .preferred_arena_bytes = 0};
-    options.rates.disk_bytes_per_s = kDisk;
-    const Plan bold = make_plan(groups, options);
-    options.sure_disk_share = 0.9;
-    const Plan careful = make_plan(groups, options);
-    EXPECT_EQ(careful.prediction.step_s, simulate(groups, options, careful).prediction.step_s);
-
-    options.rates.disk_bytes_per_s = 0.9 * kDisk;  // a slow moment
-    const double with_bold = simulate(groups, options, bold).prediction.step_s;
-    const double with_careful = simulate(groups, options, careful).prediction.step_s;
-    EXPECT_LE(with_careful, 1.02 * with_bold) << "case " << i;
-    shorter += with_careful < 0.98 * with_bold;
-  }
-  EXPECT_GE(shorter, 5);
-}
-
 TEST(PlanByTime, HostMemoryTakesWhatItHasRoomFor) {
   auto groups = timed_groups(Sizes(10, {100, 10}));
   PlanOptions options{.budget_bytes = 300 * kMiB, .host_budget_bytes = 560 * kMiB};

@@ -85,8 +85,6 @@ PlanOptions Client::plan_options_locked(const std::vector<GroupCost>& costs) con
     options.preferred_arena_bytes = engine_.options_.preferred_arena_bytes;
   if (plans_by_time_) {
     options.rates.disk_bytes_per_s = measured_[reads_packs_].disk_bytes_per_s;
-    // What a pass measures is within a tenth of what the next passes get.
-    options.sure_disk_share = 0.9;
     // The arena is not made anew for it, unless what changed does not fit there.
     if (engine_.carrier_ && engine_.arena_.size_bytes() >= smallest)
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
@@ -129,12 +127,6 @@ Plan Client::make_plan_locked() const {
 Prediction Client::predict_locked(const Plan& plan) const {
   const std::vector<GroupCost> costs = costs_locked();
   return simulate(costs, plan_options_locked(costs), plan).prediction;
-}
-
-// Of a step, at the rate that can be counted on.
-double Client::sure_seconds_locked(const Plan& plan) const {
-  const std::vector<GroupCost> costs = costs_locked();
-  return simulate(costs, at_sure_rate(plan_options_locked(costs)), plan).prediction.step_s;
 }
 
 void Client::refresh_plan_locked() {
@@ -285,9 +277,9 @@ void Client::plan_by_time_locked() {
     if (!plan_is_stale_) {
       // What is gained has to be worth reading anew what stays.
       constexpr double kWorthIt = 0.98;
-      if (plan.placements == plan_.placements ||
-          sure_seconds_locked(plan) > kWorthIt * sure_seconds_locked(plan_)) {
-        plan_.prediction = predict_locked(plan_);
+      const Prediction kept = predict_locked(plan_);
+      if (plan.placements == plan_.placements || plan.prediction.step_s > kWorthIt * kept.step_s) {
+        plan_.prediction = kept;
         return;
       }
     }

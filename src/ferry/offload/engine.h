@@ -314,7 +314,6 @@ class Client {
   Plan make_plan_locked() const;
   // What is expected of a plan, with the times that are known now.
   Prediction predict_locked(const Plan& plan) const;
-  double sure_seconds_locked(const Plan& plan) const;
   void adopt_plan_locked(Plan plan);
   // Plans if the room for it, or a group, has changed since it last did.
   void refresh_plan_locked();

@@ -1,7 +1,6 @@
 #include "ferry/offload/plan.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "ferry/base/error.h"
 #include "ferry/base/units.h"
@@ -121,11 +120,6 @@ void add_up(const std::vector<GroupCost>& groups, const PlanOptions& options, Pl
 
 }  // namespace
 
-PlanOptions at_sure_rate(PlanOptions options) {
-  options.rates.disk_bytes_per_s *= std::exchange(options.sure_disk_share, 1);
-  return options;
-}
-
 uint64_t smallest_budget(const std::vector<GroupCost>& groups) {
   return kept_bytes(groups) + largest_streamed(groups);
 }
@@ -164,7 +158,7 @@ Plan make_plan(const std::vector<GroupCost>& groups, const PlanOptions& options)
         format_bytes_up(kept + one), format_bytes_up(kept + 2 * one));
   }
   if (options.rates.known()) {
-    place_by_time(groups, at_sure_rate(options), plan);
+    place_by_time(groups, options, plan);
   } else {
     place_by_bytes(groups, options, plan);
   }

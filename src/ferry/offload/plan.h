@@ -88,9 +88,6 @@ struct PlanOptions {
   // Pinned host memory: homes and staging. 0: no homes there, staging as needed.
   uint64_t host_budget_bytes = 0;
   Rates rates = {};
-  // The share of the disk's rate to count on when choosing: disks have slow moments, in which a
-  // plan that needs all of the rate stalls. What is predicted is at the whole rate.
-  double sure_disk_share = 1;
   // The groups in the order in which a step uses them; empty: each once. A group may come twice.
   std::vector<size_t> order = {};
   // The next step's first groups are read during this step's last ones.
@@ -108,9 +105,6 @@ struct PlanOptions {
 // points, and local moves improve them by their simulated time (simulate.h). Deterministic.
 // Throws BudgetError stating the smallest budget; ArgumentError for an order that names no group.
 Plan make_plan(const std::vector<GroupCost>& groups, const PlanOptions& options);
-
-// The same with the disk at the rate that is counted on.
-PlanOptions at_sure_rate(PlanOptions options);
 
 // The least budget that make_plan() accepts.
 uint64_t smallest_budget(const std::vector<GroupCost>& groups);
