@@ -273,7 +273,7 @@ void Search::spread_homes(Candidate& candidate, double pack_share) const {
 
 void Search::consider(Candidate candidate) {
   if (evaluations_left_ <= 0 || !evaluate(candidate)) return;
-  if (best_.placements.empty() || is_better(candidate, best_)) best_ = candidate;
+  if (best_.placements.empty() || candidate.score < best_.score) best_ = candidate;
   auto place =
       std::upper_bound(starts_.begin(), starts_.end(), candidate,
                        [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
@@ -285,17 +285,6 @@ void Search::consider(Candidate candidate) {
   if (starts_.size() > (is_few() ? kStartsOfFew : kStarts)) starts_.pop_back();
 }
 
-// Of those that take hardly longer than they must, the one that keeps most: a slow moment of the
-// disk costs it least.
-bool Search::is_better(const Candidate& candidate, const Candidate& than) const {
-  constexpr double kHardlyLonger = 1.002;
-  const double enough = kHardlyLonger * lower_bound_;
-  if (candidate.score <= enough && than.score <= enough &&
-      candidate.resident_bytes != than.resident_bytes)
-    return candidate.resident_bytes > than.resident_bytes;
-  return candidate.score < than.score;
-}
-
 bool Search::is_few() const {
   return movable_.size() <= kFew;
 }
@@ -305,6 +294,8 @@ bool Search::good_enough() const {
   return best_.score <= kGoodEnough * lower_bound_;
 }
 
+// All of them, also after one that is good enough: a later one may keep more, and so bear slow
+// moments of the disk better.
 void Search::start() {
   // The distinct sizes from the largest down: streaming only what is smaller needs less arena.
   std::vector<uint64_t> sizes;

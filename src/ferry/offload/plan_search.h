@@ -52,7 +52,6 @@ class Search {
   void polish(Candidate current);
   bool mutate(Candidate& candidate, uint32_t& random, const std::vector<double>& stalls) const;
   double lower_bound() const;
-  bool is_better(const Candidate& candidate, const Candidate& than) const;
   bool good_enough() const;
   bool is_few() const;
 
