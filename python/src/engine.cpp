@@ -60,13 +60,13 @@ py::dict report_of(const OwnedEngine& owned) {
   FERRY_FIELD(stall_seconds);
   FERRY_FIELD(read_stall_seconds);
   FERRY_FIELD(request_stall_seconds);
-  FERRY_FIELD(read_bytes_per_s);
   FERRY_FIELD(resident_bytes);
   FERRY_FIELD(arena_bytes);
   FERRY_FIELD(small_bytes);
   FERRY_FIELD(peak_bytes);
   FERRY_FIELD(host_peak_bytes);
 #undef FERRY_FIELD
+  d["read_bytes_per_s"] = report.reads.rate();
   d["io"] = reason;
   return d;
 }

@@ -98,6 +98,31 @@ TEST_P(ReadEngineTest, WholeFileWithOverRead) {
   engine->wait(ticket);  // again is harmless
 }
 
+TEST_P(ReadEngineTest, IdleTimeIsNoReadTime) {
+  using namespace std::chrono_literals;
+  using Clock = std::chrono::steady_clock;
+  ReadEngineOptions o = options();
+  o.rate_limit_bytes_per_s = 20'000'000;
+  auto engine = make_read_engine(o);
+  EXPECT_EQ(engine->read_time().rate(), 0);
+  AlignedBuffer buffer(kFileBytes);
+  const auto begin = Clock::now();
+  std::this_thread::sleep_for(100ms);
+  engine->wait(engine->submit({{file_, 0, kFileBytes, kFileBytes, buffer.data()}}));
+  const ReadTime read = engine->read_time();
+  const std::chrono::duration<double> busy = Clock::now() - begin - 100ms;
+  EXPECT_EQ(read.bytes, kFileBytes);
+  EXPECT_GE(read.seconds, 0.95 * kFileBytes / 20e6) << "waiting for the rate counts";
+  EXPECT_LE(read.seconds, busy.count());
+  std::this_thread::sleep_for(20ms);
+  EXPECT_EQ(engine->read_time().seconds, read.seconds);
+
+  engine->cancel(engine->submit({{file_, 0, kFileBytes, kFileBytes, buffer.data()}}));
+  const double cancelled = engine->read_time().seconds;
+  std::this_thread::sleep_for(20ms);
+  EXPECT_EQ(engine->read_time().seconds, cancelled);
+}
+
 TEST_P(ReadEngineTest, RandomRangesAgreeWithTheFile) {
   std::mt19937 random(3);
   for (unsigned depth : {1u, 2u, 7u, 64u}) {

@@ -62,7 +62,7 @@ TEST_F(Estimate, ARunIsRemembered) {
 
   // Streamed: how fast this disk reads was not seen, unless a limit says it.
   EXPECT_FALSE(estimate(2 << 20).step_s);
-  EXPECT_THAT(estimate(2 << 20).describe(), HasSubstr("no run has waited for the disk"));
+  EXPECT_THAT(estimate(2 << 20).describe(), HasSubstr("no run has shown how fast the disk is"));
   const TimeEstimate slow = estimate(2 << 20, 1'000'000);
   ASSERT_TRUE(slow.step_s);
   EXPECT_EQ(slow.bound, offload::Bound::disk);

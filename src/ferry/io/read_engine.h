@@ -37,6 +37,14 @@ class ReadTicket {
 };
 using ReadTicketPtr = std::shared_ptr<ReadTicket>;
 
+// How long an engine had reads to do, and what arrived meanwhile.
+struct ReadTime {
+  double seconds = 0;
+  uint64_t bytes = 0;
+  // Bytes a second; 0: too short to tell.
+  double rate() const { return seconds > 0.01 ? static_cast<double>(bytes) / seconds : 0; }
+};
+
 enum class ReadBackend { automatic, io_uring, pread };
 
 struct ReadEngineOptions {
@@ -78,6 +86,9 @@ class ReadEngine {
   virtual const std::string& reason() const = 0;
   // Bytes that arrived since construction.
   virtual uint64_t bytes_read() const = 0;
+  // While anything was asked for and had not ended, since construction. Its rate is the disk's, or
+  // that of the limit.
+  virtual ReadTime read_time() const = 0;
 };
 
 // Makes an engine; `automatic` tries io_uring and falls back to pread, and logs which and why.

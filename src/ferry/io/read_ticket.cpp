@@ -193,6 +193,7 @@ ReadTicketPtr ThreadedEngine::submit(std::vector<ReadRequest> requests) {
     std::lock_guard lock(mutex_);
     if (!queue_.front()) limiter_.begin(RateLimiter::Clock::now());
     queue_.push(ticket);
+    note_time_locked();
     ticket_came_locked();
   }
   work_.notify_all();
@@ -210,7 +211,21 @@ void ThreadedEngine::cancel(const ReadTicketPtr& ticket) {
   auto& mine = static_cast<Ticket&>(*ticket);
   std::unique_lock lock(mutex_);
   mine.cancel();
+  note_time_locked();
   ended_.wait(lock, [&mine] { return mine.done(); });
+}
+
+ReadTime ThreadedEngine::read_time() const {
+  std::lock_guard lock(mutex_);
+  const std::chrono::duration<double> now = RateLimiter::Clock::now() - noted_;
+  return {busy_s_ + (busy_ ? now.count() : 0), bytes_read()};
+}
+
+void ThreadedEngine::note_time_locked() {
+  const auto now = RateLimiter::Clock::now();
+  if (busy_) busy_s_ += std::chrono::duration<double>(now - noted_).count();
+  noted_ = now;
+  busy_ = !reading_.empty() || queue_.front() != nullptr;
 }
 
 std::optional<uint64_t> ThreadedEngine::next_size_locked() {
@@ -243,6 +258,7 @@ bool ThreadedEngine::ended_locked(Chunk& chunk, int64_t result) {
   if (outcome == ChunkResult::again && !ticket.stopped()) return false;
   reading_.erase(std::find(reading_.begin(), reading_.end(), chunk.ticket));
   ticket.chunk_ended();
+  note_time_locked();
   if (ticket.done()) ended_.notify_all();
   return true;
 }

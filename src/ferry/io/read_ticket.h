@@ -125,6 +125,7 @@ class ThreadedEngine : public ReadEngine {
   void cancel(const ReadTicketPtr& ticket) override;
   const std::string& reason() const override { return reason_; }
   uint64_t bytes_read() const override { return bytes_read_.load(std::memory_order_relaxed); }
+  ReadTime read_time() const override;
 
  protected:
   ThreadedEngine(const ReadEngineOptions& options, std::string reason);
@@ -145,17 +146,23 @@ class ThreadedEngine : public ReadEngine {
   virtual void ticket_came_locked() {}
 
   const ReadEngineOptions options_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable work_;  // a ticket came, or quit_
   bool quit_ = false;             // guarded by mutex_
 
  private:
+  // To be called where a read may have been asked for or have ended.
+  void note_time_locked();
+
   const std::string reason_;
   std::atomic<uint64_t> bytes_read_{0};
   std::condition_variable ended_;  // a ticket is done
   RateLimiter limiter_;            // guarded by mutex_, as are those below
   TicketQueue queue_;
   std::vector<std::shared_ptr<Ticket>> reading_;  // once for each chunk in flight
+  double busy_s_ = 0;                             // until noted_
+  bool busy_ = false;                             // since noted_
+  RateLimiter::Clock::time_point noted_{};
   std::vector<std::thread> threads_;
 };
 

@@ -66,8 +66,6 @@ class Carrier {
   virtual void drop(Piece& piece, const Fence& fence, bool forget_host) noexcept = 0;
   // Takes in what arrived; never waits.
   virtual void poll() {}
-  // What the disk did between leases that waited for it, in all.
-  virtual ReadTime read_time() const { return {}; }
   // Pinned host memory that it has, and the most of it ever held.
   virtual uint64_t host_bytes() const { return 0; }
   virtual uint64_t host_peak_bytes() const { return 0; }

@@ -136,7 +136,7 @@ void Client::begin_pass() {
       if (plan_is_stale_ || engine_.arena_.size_bytes() > engine_.allowed_arena_locked())
         engine_.active_ = nullptr;
       engine_.activate_locked(*this);
-      if (engine_.carrier_) read_before_ = engine_.carrier_->read_time();
+      read_before_ = engine_.reader_->read_time();
       read_ahead_quietly_locked();
     } catch (...) {
       --pass_depth_;

@@ -61,7 +61,7 @@ class CpuCarrier final : public Carrier {
   void arrive(Piece& piece, std::unique_lock<std::mutex>&) override {
     if (piece.where == Whereabouts::here) return;
     try {
-      wait_for(piece);
+      context_.reader.wait(piece.ticket);
       make_views(piece);
     } catch (...) {
       drop(piece, nullptr, false);
@@ -92,8 +92,6 @@ class CpuCarrier final : public Carrier {
     free_ranges(piece);
   }
 
-  ReadTime read_time() const override { return busy_; }
-
  private:
   void free_ranges(Piece& piece) noexcept {
     if (piece.read_at) context_.arena.release(*std::exchange(piece.read_at, std::nullopt));
@@ -112,28 +110,7 @@ class CpuCarrier final : public Carrier {
     }
   }
 
-  void wait_for(Piece& piece) {
-    const bool waits = !piece.ticket->done();
-    context_.reader.wait(piece.ticket);
-    if (!waits) return;
-    const auto now = Clock::now();
-    const uint64_t bytes = context_.reader.bytes_read();
-    if (piece.started <= last_wait_ended_) {
-      busy_.seconds += std::chrono::duration<double>(now - last_wait_ended_).count();
-      busy_.bytes += bytes - bytes_then_;
-    }
-    last_wait_ended_ = now;
-    bytes_then_ = bytes;
-  }
-
   CarrierContext context_;
-  // Between the ends of two waits, where what the second waited for was asked for before the first
-  // ended: only then is it certain that the disk was busy all the time. The waits alone would tell
-  // too much: requests that share the disk complete together, so that a short wait sees the end of
-  // many.
-  ReadTime busy_;
-  Clock::time_point last_wait_ended_ = {};
-  uint64_t bytes_then_ = 0;
 };
 
 }  // namespace

@@ -96,10 +96,9 @@ Report Engine::report() const {
   Report report = report_;
   report.bytes_read = reader_->bytes_read();
   report.small_bytes = held_small_;
-  if (carrier_) {
-    report.read_bytes_per_s = carrier_->read_time().rate();
+  report.reads = reader_->read_time();
+  if (carrier_)
     report.host_peak_bytes = std::max(report.host_peak_bytes, carrier_->host_peak_bytes());
-  }
   return report;
 }
 

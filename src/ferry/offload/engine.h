@@ -113,20 +113,12 @@ struct Report {
   double stall_seconds = 0;          // the host waiting at a lease, in all
   double read_stall_seconds = 0;     // of it for reads
   double request_stall_seconds = 0;  // of it for groups that had to be asked for
-  double read_bytes_per_s = 0;       // of the disk, between leases that waited; 0: too few
+  io::ReadTime reads;                // the disk, while there were reads to do
   uint64_t resident_bytes = 0;       // of the active component
   uint64_t arena_bytes = 0;
   uint64_t small_bytes = 0;      // of all components
   uint64_t peak_bytes = 0;       // the most of small + residents + what streams ever held
   uint64_t host_peak_bytes = 0;  // of pinned host memory
-};
-
-// How long a disk was certainly busy, and what it read meanwhile.
-struct ReadTime {
-  double seconds = 0;
-  uint64_t bytes = 0;
-  // Bytes a second; 0: too short to tell.
-  double rate() const { return seconds > 0.01 ? static_cast<double>(bytes) / seconds : 0; }
 };
 
 // Holds a group where compute happens. Move-only; may outlive neither engine nor client.
@@ -376,14 +368,14 @@ class Client {
   struct Measured {
     double pass_s = 0;              // 0: not measured
     std::vector<double> compute_s;  // one a group, with decoding where that is on its way
-    double disk_bytes_per_s = 0;    // 0: nobody had to wait for the disk
+    io::ReadTime reads;
   };
   Measured measure_locked() const;  // of the pass that ends
   // Whether enough passes have shown that they are not what the plan was made for; fastest_
   // tells what they are.
-  bool has_settled_locked(const Measured& pass);
+  bool has_settled_locked(Measured pass);
   Measured measured_[2];  // checkpoint, pack
-  Measured fastest_;      // of the last `counted_passes_`
+  Measured fastest_;      // of the last `counted_passes_`, with the reads of all of them
   int counted_passes_ = 0;
   int patience_ = 3;               // with passes that are not as planned
   bool brings_residents_ = false;  // the next pass, and so it takes longer than planned
@@ -391,7 +383,7 @@ class Client {
   bool source_is_chosen_ = false;
   bool plans_by_time_ = false;  // with measured_[reads_packs_]
   std::chrono::steady_clock::time_point pass_began_, computing_since_;
-  ReadTime read_before_;        // this pass
+  io::ReadTime read_before_;    // this pass
   State* computing_ = nullptr;  // since computing_since_: the group that was leased last
 
   std::vector<size_t> order_;

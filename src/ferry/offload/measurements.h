@@ -25,7 +25,7 @@ struct MeasurementKey {
 struct Measurement {
   uint64_t activation_bytes = 0;            // the most at once, with workspaces
   std::map<std::string, double> compute_s;  // by group name
-  // With which the weights came from disk while somebody waited for them; 0: not seen.
+  // With which the weights came from disk while there were any to read; 0: not seen.
   double read_bytes_per_s = 0;
 };
 

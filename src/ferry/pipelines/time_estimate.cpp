@@ -77,7 +77,7 @@ std::string TimeEstimate::describe() const {
     std::string text =
         fmt::format("how long it takes is not known: {}",
                     unknown == Unknown::computing ? "it has not run here at this size yet"
-                                                  : "no run has waited for the disk yet");
+                                                  : "no run has shown how fast the disk is");
     if (streamed_bytes > 0) {
       text += fmt::format("; {} of weights are read every step: {}", format_bytes(streamed_bytes),
                           advice);
@@ -157,7 +157,7 @@ void remember_times(const DiffusionPipeline& pipeline, const GenerationSize& siz
   if (!device.is_cpu()) return;
   const auto& engine = pipeline.engine();
   const bool limited = engine && engine->options().read.rate_limit_bytes_per_s > 0;
-  const double rate = engine && !limited ? engine->report().read_bytes_per_s : 0;
+  const double rate = engine && !limited ? engine->report().reads.rate() : 0;
   for (const auto& [name, time] : pipeline.compute_times()) {
     const std::shared_ptr<models::Model>& model = pipeline.components().at(name).model;
     const models::Workload workload = step_workload_of(*model, size, device);

@@ -15,7 +15,7 @@ struct TimeEstimate {
   // Of the denoiser's steps, once they are in steady state. Unset: not known.
   std::optional<double> step_s = {};
   // What is missing for it: this model has not run here at this size, or weights are to be read and
-  // no run has waited for one, so that nobody saw how fast the disk is.
+  // no run has read enough of them to show how fast the disk is.
   enum class Unknown { computing, reading } unknown = Unknown::computing;
   offload::Bound bound = offload::Bound::compute;
   uint64_t streamed_bytes = 0;  // a step
