@@ -7,8 +7,7 @@
 // Prints one JSON object: medians over the rounds of seconds a forward. `first_s` is the first
 // forward of the process, which also pays for what libraries do once; `cold_s` one with nothing of
 // the weights in memory but all else warm; `predicted_...` what the simulation of the plan that is
-// in force at the end says of them (0 where nobody had to wait for the disk, whose rate is not
-// known then).
+// in force at the end says of them (0 where next to nothing is read).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>

@@ -5,7 +5,7 @@
 //   overhead     microseconds of the engine a group, with groups of a few bytes
 //   disk         disk to RAM with calibrated matrix products: time over the limit, which is how
 //                long the products alone and the same reads alone take side by side; a cold pass,
-//                and what the plan in force at the end says of one
+//                and what the simulator says of one with this run's rates
 //
 //   bench_overlap [--part accelerator|overhead|disk]... [--groups LIST] [--ratios LIST]
 //                 [--threads LIST] [--total BYTES] [--passes N] [--rounds N]
@@ -33,6 +33,7 @@
 #include "ferry/base/units.h"
 #include "ferry/io/safetensors.h"
 #include "ferry/offload/engine.h"
+#include "ferry/offload/simulate.h"
 #include "ferry/testing/fake_accelerator.h"
 #include "ferry/weights/stub.h"
 #include "free_reads.h"
@@ -288,6 +289,18 @@ class Compute {
   double one_s_ = 0;
 };
 
+// What the simulator says of a cold pass under `plan`, with the disk as it was in this run.
+double cold_bound(const Weights& weights, const offload::Plan& plan, double compute_s,
+                  double disk_bytes_per_s) {
+  offload::GroupCost group;
+  group.size_bytes = weights.group_bytes();
+  group.compute_s = compute_s / static_cast<double>(weights.count());
+  const std::vector<offload::GroupCost> groups(weights.count(), group);
+  offload::PlanOptions options;
+  options.rates.disk_bytes_per_s = disk_bytes_per_s;
+  return offload::simulate(groups, options, plan).prediction.first_step_s;
+}
+
 nlohmann::json from_disk(const Options& options) {
   nlohmann::json rows = nlohmann::json::array();
   fmt::print("\ndisk to RAM, arena of a quarter of the weights; seconds a pass\n");
@@ -317,22 +330,22 @@ nlohmann::json from_disk(const Options& options) {
         const int products = compute.products_for(ratio * reading / static_cast<double>(count));
         auto work = [&](size_t) { compute.run(products); };
         for (int pass = 0; pass < 3; ++pass) run_pass(client, count, work);
-        client.unload();
         const uint64_t streamed_bytes = client.plan().streamed_bytes;
         bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
                                     client.plan().arena_bytes);
         std::vector<double> cold, streamed, limit, computing;
+        io::ReadTime disk;  // while streaming
         for (int round = 0; round < options.rounds; ++round) {
-          weights.drop_cache();
-          bench::warm_memory(engine_options.weights_memory_bytes);
-          auto begin = Clock::now();
           run_pass(client, count, work);
-          cold.push_back(since(begin));
-          begin = Clock::now();
+          const io::ReadTime before = engine.report().reads;
+          auto begin = Clock::now();
           for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, work);
           streamed.push_back(since(begin) / options.passes);
-          client.unload();
+          const io::ReadTime after = engine.report().reads;
+          disk.seconds += after.seconds - before.seconds;
+          disk.bytes += after.bytes - before.bytes;
 
+          same_reads.run();  // until what the last pass reads ahead is there as well
           begin = Clock::now();
           std::thread reader([&] {
             for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
@@ -346,8 +359,17 @@ nlohmann::json from_disk(const Options& options) {
           for (size_t i = 0; i < count; ++i) work(i);
           computing.push_back(since(begin));
         }
+        // Apart from the rounds: memory that was given back is slow again for more than a pass.
+        for (int round = 0; round < options.rounds; ++round) {
+          client.unload();
+          weights.drop_cache();
+          bench::warm_memory(engine_options.weights_memory_bytes);
+          const auto begin = Clock::now();
+          run_pass(client, count, work);
+          cold.push_back(since(begin));
+        }
         const double over = median(streamed) / median(limit);
-        const double planned = client.plan().prediction.first_step_s;
+        const double planned = cold_bound(weights, client.plan(), median(computing), disk.rate());
         fmt::print(
             "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f}\n",
             format_bytes(bytes), threads, ratio, median(computing), reading, median(streamed),
