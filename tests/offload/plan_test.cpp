@@ -248,6 +248,7 @@ TEST(PlanByTime, WithinFivePercentOfBruteForceAndNeverOverBudget) {
                                   static_cast<uint64_t>(uniform(0, 1) * static_cast<double>(total));
     if (packs) options.rates.decode_bytes_per_s = kDisk * uniform(0.5, 4);
     if (!link) options.rates.read_slowdown = 0.13, options.rates.decode_slowdown = 0.5;
+    if (!link && i % 12 < 6) options.rates.disk_unevenness = 0.3;
     if (i % 10 == 9) options.passes = 1 + static_cast<int>(random() % 3);
 
     Plan plan = make_plan(groups, options);
@@ -267,6 +268,18 @@ TEST(PlanByTime, WithinFivePercentOfBruteForceAndNeverOverBudget) {
   }
   RecordProperty("worst", std::to_string(worst));
   fmt::print("worst {:.4f} of the optimum; {} of {} above 1.02\n", worst, over_two_percent, cases);
+}
+
+TEST(PlanByTime, AnUnevenDiskIsGivenMoreToReadAhead) {
+  const auto groups = timed_groups(Sizes(16, {64, 70}));
+  PlanOptions options{.budget_bytes = 4 * 64 * kMiB, .preferred_arena_bytes = 0};
+  options.rates.disk_bytes_per_s = kDisk;
+  const Plan even = make_plan(groups, options);
+  EXPECT_EQ(even.arena_bytes, 2 * 64 * kMiB);
+  options.rates.disk_unevenness = 0.3;
+  const Plan uneven = make_plan(groups, options);
+  EXPECT_EQ(uneven.arena_bytes, 3 * 64 * kMiB);
+  EXPECT_GT(simulate(groups, options, even).prediction.step_s, 1.03 * uneven.prediction.step_s);
 }
 
 // The real compute times differ from the guess: planning again with them is better under them.

@@ -69,6 +69,27 @@ TEST(Simulate, DiskAgainstComputeInClosedForm) {
   }
 }
 
+// Two groups take 0.13 s each to read, the next two 0.07 s.
+TEST(Simulate, AnUnevenDiskNeedsRoomToReadAhead) {
+  const Rates uneven{.disk_bytes_per_s = kRate, .disk_unevenness = 0.3};
+  struct Row {
+    double compute_s;
+    uint64_t arena_groups;
+    double step_s;
+  };
+  const Row rows[] = {
+      {0.02, 2, 8 * 0.40},                         // the disk is as fast as ever
+      {0.11, 2, 8 * (0.13 + 0.13 + 0.11 + 0.11)},  // what is slow is waited for
+      {0.11, 4, 32 * 0.11},                        // or was read before
+  };
+  for (const Row& row : rows) {
+    auto groups = equal_groups(32, row.compute_s);
+    Prediction result = predict(groups, uneven, streamed(32, row.arena_groups));
+    EXPECT_NEAR(result.step_s, row.step_s, 1e-9) << row.compute_s << " " << row.arena_groups;
+    EXPECT_NEAR(result.disk_s, 3.2, 1e-9);
+  }
+}
+
 TEST(Simulate, AnArenaThatHoldsAllKeepsAll) {
   Prediction result = predict(equal_groups(8, 0.05), {.disk_bytes_per_s = kRate}, streamed(8, 8));
   EXPECT_NEAR(result.step_s, 8 * 0.05, 1e-9);

@@ -36,7 +36,10 @@ struct Rates {
   double link_bytes_per_s = 0;    // host to device; 0: compute happens where the disk writes to
   double decode_bytes_per_s = 0;  // of decoded bytes; 0: packs are not used
   double disk_latency_s = 0;      // of each group's first read
-  double link_latency_s = 0;      // of each copy
+  // A disk that is shared, or paced in bursts, reads by so much slower than its rate for a while
+  // and as much faster after it: 0.3 is 30%.
+  double disk_unevenness = 0;
+  double link_latency_s = 0;  // of each copy
   // Compute takes (1 + this) times as long while a read, or a decode, is running beside it: on a
   // CPU they share cores and memory.
   double read_slowdown = 0;

@@ -418,20 +418,46 @@ void Search::improve(Candidate candidate, int evaluations, uint32_t& random) {
   }
 }
 
+std::vector<Search::Choice> Search::choices() const {
+  std::vector<Choice> all = {{Placement::resident, Home::disk}, {Placement::streamed, Home::disk}};
+  if (options_.rates.has_link() && options_.host_budget_bytes > 0)
+    all.push_back({Placement::streamed, Home::host});
+  if (options_.rates.decode_bytes_per_s > 0) all.push_back({Placement::streamed, Home::pack});
+  return all;
+}
+
+bool Search::set(Candidate& candidate, size_t group, const Choice& choice) const {
+  if (choice.second == Home::pack && groups_[group].pack_bytes == 0) return false;
+  candidate.placements[group] = choice.first;
+  candidate.homes[group] = choice.second;
+  return true;
+}
+
+// Every plan there is. False, and nothing tried, if they are too many.
+bool Search::try_all() {
+  const std::vector<Choice> choices = this->choices();
+  int combinations = 1;
+  for (size_t i = 0; i < movable_.size(); ++i) {
+    combinations *= static_cast<int>(choices.size());
+    if (combinations > evaluations_left_) return false;
+  }
+  for (int combination = 0; combination < combinations; ++combination) {
+    Candidate candidate = best_;
+    bool possible = true;
+    int rest = combination;
+    for (size_t group : movable_) {
+      possible &= set(candidate, group, choices[static_cast<size_t>(rest) % choices.size()]);
+      rest /= static_cast<int>(choices.size());
+    }
+    if (possible && evaluate(candidate) && candidate.score < best_.score) best_ = candidate;
+  }
+  return true;
+}
+
 // Every change of one group and of every two, until none of them helps. For few groups, where a
 // random move may miss the one that does.
 void Search::polish(Candidate current) {
-  std::vector<std::pair<Placement, Home>> choices = {{Placement::resident, Home::disk},
-                                                     {Placement::streamed, Home::disk}};
-  if (options_.rates.has_link() && options_.host_budget_bytes > 0)
-    choices.push_back({Placement::streamed, Home::host});
-  if (options_.rates.decode_bytes_per_s > 0) choices.push_back({Placement::streamed, Home::pack});
-  auto set = [&](Candidate& candidate, size_t group, const std::pair<Placement, Home>& choice) {
-    if (choice.second == Home::pack && groups_[group].pack_bytes == 0) return false;
-    candidate.placements[group] = choice.first;
-    candidate.homes[group] = choice.second;
-    return true;
-  };
+  const std::vector<Choice> choices = this->choices();
   for (bool improved = true; improved && !good_enough();) {
     improved = false;
     const Candidate from = current;
@@ -455,37 +481,40 @@ void Search::polish(Candidate current) {
   }
 }
 
+// By random moves, as far as the evaluations reach.
+void Search::descend() {
+  const std::vector<Candidate> starts = starts_;
+  const size_t improved = std::min(starts.size(), kStarts);
+  const int share = evaluations_left_ / 2 / static_cast<int>(improved) + 1;
+  uint32_t random = 2463534242u;
+  for (size_t i = 0; i < improved; ++i) improve(starts[i], share, random);
+  const bool few = is_few();
+  if (few) {
+    polish(best_);
+    // The best plan can lie far from the best start: a larger arena and hardly a resident, or
+    // packs and the staging that comes with them.
+    for (const Candidate& candidate : starts) polish(candidate);
+  }
+  // Then from the best of them after a few blind changes, which leads out of what no single
+  // change can leave.
+  for (int kick = 0; evaluations_left_ > 0 && !good_enough() && kick < kKicks; ++kick) {
+    Candidate kicked = best_;
+    for (int changes = 0; changes < 2 + kick % 4; ++changes) {
+      Candidate changed = kicked;
+      if (mutate(changed, random, {})) kicked = std::move(changed);
+    }
+    const double before = best_.score;
+    if (evaluate(kicked)) improve(std::move(kicked), share, random);
+    if (few && best_.score < before) polish(best_);
+  }
+}
+
 Candidate Search::best() {
   start();
-  if (!good_enough()) {
-    const Candidate even = best_;
-    const std::vector<Candidate> starts = starts_;
-    const size_t improved = std::min(starts.size(), kStarts);
-    const int share = evaluations_left_ / 2 / static_cast<int>(improved) + 1;
-    uint32_t random = 2463534242u;
-    for (size_t i = 0; i < improved; ++i) improve(starts[i], share, random);
-    const bool few = is_few();
-    if (few) {
-      polish(best_);
-      // The best plan can lie far from the best start: a larger arena and hardly a resident, or
-      // packs and the staging that comes with them.
-      for (const Candidate& candidate : starts) polish(candidate);
-    }
-    // Then from the best of them after a few blind changes, which leads out of what no single
-    // change can leave.
-    for (int kick = 0; evaluations_left_ > 0 && !good_enough() && kick < kKicks; ++kick) {
-      Candidate kicked = best_;
-      for (int changes = 0; changes < 2 + kick % 4; ++changes) {
-        Candidate changed = kicked;
-        if (mutate(changed, random, {})) kicked = std::move(changed);
-      }
-      const double before = best_.score;
-      if (evaluate(kicked)) improve(std::move(kicked), share, random);
-      if (few && best_.score < before) polish(best_);
-    }
-    if (even.score <= kGoodEnough * best_.score) best_ = even;
-  }
-  return best_;
+  if (good_enough()) return best_;
+  const Candidate even = best_;
+  if (!try_all()) descend();
+  return even.score <= kGoodEnough * best_.score ? even : best_;
 }
 
 }  // namespace ferry::offload

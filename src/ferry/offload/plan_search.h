@@ -44,12 +44,18 @@ class Search {
 
  private:
   enum class Evenly { in_bytes, in_time };
+  using Choice = std::pair<Placement, Home>;
   Candidate spread(uint64_t arena_bytes, uint64_t largest_streamed, Evenly evenly) const;
   void spread_homes(Candidate& candidate, double pack_share) const;
   void start();
   void consider(Candidate candidate);
   void improve(Candidate candidate, int evaluations, uint32_t& random);
+  std::vector<Choice> choices() const;  // for a group, where it has a pack
+  // False if the group cannot be there.
+  bool set(Candidate& candidate, size_t group, const Choice& choice) const;
+  bool try_all();
   void polish(Candidate current);
+  void descend();
   bool mutate(Candidate& candidate, uint32_t& random, const std::vector<double>& stalls) const;
   double lower_bound() const;
   bool good_enough() const;

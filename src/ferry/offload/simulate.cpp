@@ -1,6 +1,7 @@
 #include "ferry/offload/simulate.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "ferry/base/error.h"
@@ -66,6 +67,10 @@ void ArenaModel::release(uint64_t offset) {
 namespace {
 
 constexpr double kNever = std::numeric_limits<double>::infinity();
+// What an uneven disk reads slowly before it reads as much fast; and the share of all weights that
+// is never less: of a small model a step would not see both.
+constexpr double kStretchBytes = 64 << 20;
+constexpr double kStretchShare = 1.0 / 16;
 
 // What is left of one group's way through a resource.
 struct Request {
@@ -138,6 +143,8 @@ struct Simulator::State {
   ArenaModel arena;
   Server disk, link, decode;
   uint64_t staging_used = 0;
+  double stretch_bytes = 0;
+  double disk_position = 0;  // in what was read so far, in bytes, within two stretches
 
   double time = 0;
   size_t asked = 0;   // uses asked for so far, over all steps
@@ -154,8 +161,12 @@ struct Simulator::State {
     if (order.empty()) {
       for (size_t i = 0; i < groups.size(); ++i) order.push_back(i);
     }
-    for (GroupCost& group : groups)
+    double total = 0;
+    for (GroupCost& group : groups) {
       group.arena_bytes = std::max(group.arena_bytes, group.size_bytes);
+      total += static_cast<double>(group.size_bytes);
+    }
+    stretch_bytes = std::min(kStretchBytes, std::max(1.0, kStretchShare * total));
     for (size_t group : order) {
       if (group >= groups.size()) {
         throw_error<ArgumentError>("plan: the order names group {}, but there are {}", group,
@@ -168,6 +179,7 @@ struct Simulator::State {
   void ask();
   void enqueue(uint32_t group);
   void arrive(uint32_t group);
+  double disk_time(const Transit& transit);
   void serve();
   bool start_compute();
   void finish_compute();
@@ -218,6 +230,7 @@ void Simulator::State::prepare() {
   link.reset();
   decode.reset();
   staging_used = 0;
+  disk_position = 0;
   time = 0;
   asked = leased = 0;
   computing = measuring = false;
@@ -268,6 +281,23 @@ void Simulator::State::arrive(uint32_t group) {
   if (--state.pieces_to_go == 0) state.where = GroupNow::Where::here;
 }
 
+// Of the next piece, without latency.
+double Simulator::State::disk_time(const Transit& transit) {
+  if (rates.disk_unevenness <= 0) return transit.disk_s;
+  auto bytes = static_cast<double>(transit.disk_bytes);
+  const double begin = disk_position;
+  const double end = begin + bytes;
+  const double period = 2 * stretch_bytes;
+  disk_position = std::fmod(end, period);
+  // Behind what the same disk would have read evenly: more and more up to the end of the first
+  // stretch, then less and less.
+  auto behind = [&](double position) {
+    const double within = std::fmod(position, period);
+    return rates.disk_unevenness * std::min(within, period - within);
+  };
+  return (bytes + behind(end) - behind(begin)) / rates.disk_bytes_per_s;
+}
+
 // Starts what can start on the resources that are idle.
 void Simulator::State::serve() {
   auto begin = [&](Server& server, double seconds, uint64_t bytes) {
@@ -285,7 +315,7 @@ void Simulator::State::serve() {
     const Transit& transit = transits[request.group];
     if (staging_used == 0 || staging_used + transit.staging_bytes <= schedule.staging_bytes) {
       staging_used += transit.staging_bytes;
-      begin(disk, transit.disk_s + (request.started ? 0 : rates.disk_latency_s),
+      begin(disk, disk_time(transit) + (request.started ? 0 : rates.disk_latency_s),
             transit.disk_bytes);
     }
   }
