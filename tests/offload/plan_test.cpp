@@ -282,6 +282,19 @@ TEST(PlanByTime, AnUnevenDiskIsGivenMoreToReadAhead) {
   EXPECT_GT(simulate(groups, options, even).prediction.step_s, 1.03 * uneven.prediction.step_s);
 }
 
+TEST(PlanByTime, SmallGroupsLeaveTheDiskEnoughToDo) {
+  const auto groups = timed_groups(Sizes(200, {1, 0.1}));
+  PlanOptions options{.budget_bytes = 50 * kMiB, .preferred_arena_bytes = 0};
+  options.rates.disk_bytes_per_s = kDisk;
+  EXPECT_LE(make_plan(groups, options).arena_bytes, 8 * kMiB);
+  options.read_ahead_bytes = 16 * kMiB;
+  EXPECT_GE(make_plan(groups, options).arena_bytes, 16 * kMiB);
+  options.read_ahead_bytes = 32 * kMiB;
+  const Plan half = make_plan(groups, options);
+  EXPECT_EQ(half.arena_bytes, 25 * kMiB);
+  EXPECT_EQ(half.peak_bytes(), 50 * kMiB);
+}
+
 // The real compute times differ from the guess: planning again with them is better under them.
 TEST(PlanByTime, PlansAgainWithMeasuredTimes) {
   Sizes guess(12, {100, 50}), measured(12, {100, 0});

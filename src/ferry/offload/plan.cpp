@@ -79,7 +79,8 @@ void place_by_time(const std::vector<GroupCost>& groups, const PlanOptions& opti
                               : prediction.step_s;
   };
   const double shortest = seconds(best);
-  for (uint64_t arena = std::max(3 * largest, options.preferred_arena_bytes);
+  for (uint64_t arena =
+           std::max({3 * largest, options.preferred_arena_bytes, options.read_ahead_bytes});
        arena < best.arena_bytes; arena *= 2) {
     Candidate smaller = best;
     smaller.arena_bytes = arena;

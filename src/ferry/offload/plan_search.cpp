@@ -75,9 +75,15 @@ Staging staging_within(uint64_t from_bytes, uint64_t max_piece_bytes) {
 
 Search::Search(const std::vector<GroupCost>& groups, const PlanOptions& options)
     : groups_(groups), options_(options), simulator_(groups, options) {
+  uint64_t kept = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
-    if (!groups[i].keep_resident) movable_.push_back(i);
+    if (groups[i].keep_resident) {
+      kept += groups[i].size_bytes;
+    } else {
+      movable_.push_back(i);
+    }
   }
+  least_arena_ = std::min(options.read_ahead_bytes, (options.budget_bytes - kept) / 2);
   const int64_t uses = static_cast<int64_t>(std::max(options.order.size(), groups.size()));
   evaluations_left_ = static_cast<int>(std::clamp<int64_t>(kSimulatedUses / (4 * uses), 100, 6000));
   lower_bound_ = lower_bound();
@@ -148,7 +154,7 @@ bool Search::fit(Candidate& candidate) const {
   // More than all of them together is of use only against the holes that a ring of unlike sizes
   // has.
   candidate.arena_bytes = std::min(spare, all + largest);
-  return candidate.arena_bytes >= largest;
+  return candidate.arena_bytes >= std::max(largest, std::min(least_arena_, all));
 }
 
 Simulation Search::simulate(const Candidate& candidate, const SimulateOptions& options) {
@@ -309,7 +315,8 @@ void Search::start() {
                            [](const GroupCost& group) { return group.pack_bytes > 0; });
   for (size_t s = 0; s < sizes.size(); s += stride) {
     for (double arena : {2.0, 1.0, 1.5, 3.0, 4.0, 8.0}) {
-      const auto arena_bytes = static_cast<uint64_t>(arena * static_cast<double>(sizes[s]));
+      const uint64_t arena_bytes =
+          std::max(least_arena_, static_cast<uint64_t>(arena * static_cast<double>(sizes[s])));
       for (Evenly evenly : {Evenly::in_time, Evenly::in_bytes}) {
         for (double share : {0.0, 1.0, 0.5, 0.25, 0.75}) {
           Candidate candidate = spread(arena_bytes, sizes[s], evenly);

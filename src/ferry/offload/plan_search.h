@@ -66,6 +66,7 @@ class Search {
   Simulator simulator_;
   std::vector<size_t> movable_;  // groups that need not stay
   double lower_bound_ = 0;
+  uint64_t least_arena_ = 0;
   std::vector<Candidate> starts_;  // by score
   Candidate best_;
   int evaluations_left_ = 0;
