@@ -341,9 +341,7 @@ nlohmann::json from_disk(const Options& options) {
           auto begin = Clock::now();
           for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, work);
           streamed.push_back(since(begin) / options.passes);
-          const io::ReadTime after = engine.report().reads;
-          disk.seconds += after.seconds - before.seconds;
-          disk.bytes += after.bytes - before.bytes;
+          disk += engine.report().reads.since(before);
 
           same_reads.run();  // until what the last pass reads ahead is there as well
           begin = Clock::now();

@@ -43,6 +43,15 @@ struct ReadTime {
   uint64_t bytes = 0;
   // Bytes a second; 0: too short to tell.
   double rate() const { return seconds > 0.01 ? static_cast<double>(bytes) / seconds : 0; }
+  ReadTime& operator+=(const ReadTime& other) {
+    seconds += other.seconds;
+    bytes += other.bytes;
+    return *this;
+  }
+  // Since `earlier`, of the same engine.
+  ReadTime since(const ReadTime& earlier) const {
+    return {seconds - earlier.seconds, bytes - earlier.bytes};
+  }
 };
 
 enum class ReadBackend { automatic, io_uring, pread };
@@ -84,11 +93,11 @@ class ReadEngine {
   virtual ReadBackend backend() const = 0;
   // Why this backend ("io_uring with O_DIRECT: available", "pread: io_uring_setup refused: EPERM").
   virtual const std::string& reason() const = 0;
-  // Bytes that arrived since construction.
-  virtual uint64_t bytes_read() const = 0;
   // While anything was asked for and had not ended, since construction. Its rate is the disk's, or
   // that of the limit.
   virtual ReadTime read_time() const = 0;
+  // Bytes that arrived since construction.
+  uint64_t bytes_read() const { return read_time().bytes; }
 };
 
 // Makes an engine; `automatic` tries io_uring and falls back to pread, and logs which and why.

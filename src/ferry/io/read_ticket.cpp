@@ -218,7 +218,7 @@ void ThreadedEngine::cancel(const ReadTicketPtr& ticket) {
 ReadTime ThreadedEngine::read_time() const {
   std::lock_guard lock(mutex_);
   const std::chrono::duration<double> now = RateLimiter::Clock::now() - noted_;
-  return {busy_s_ + (busy_ ? now.count() : 0), bytes_read()};
+  return {busy_s_ + (busy_ ? now.count() : 0), bytes_read_};
 }
 
 void ThreadedEngine::note_time_locked() {
@@ -252,7 +252,7 @@ bool ThreadedEngine::ended_locked(Chunk& chunk, int64_t result) {
   uint64_t arrived = 0;
   std::string error;
   const ChunkResult outcome = take_result(chunk, result, arrived, error);
-  bytes_read_.fetch_add(arrived, std::memory_order_relaxed);
+  bytes_read_ += arrived;
   Ticket& ticket = *chunk.ticket;
   if (outcome == ChunkResult::failed) ticket.fail(std::move(error));
   if (outcome == ChunkResult::again && !ticket.stopped()) return false;

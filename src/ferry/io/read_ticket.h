@@ -124,7 +124,6 @@ class ThreadedEngine : public ReadEngine {
   void wait(const ReadTicketPtr& ticket) override;
   void cancel(const ReadTicketPtr& ticket) override;
   const std::string& reason() const override { return reason_; }
-  uint64_t bytes_read() const override { return bytes_read_.load(std::memory_order_relaxed); }
   ReadTime read_time() const override;
 
  protected:
@@ -155,13 +154,13 @@ class ThreadedEngine : public ReadEngine {
   void note_time_locked();
 
   const std::string reason_;
-  std::atomic<uint64_t> bytes_read_{0};
   std::condition_variable ended_;  // a ticket is done
   RateLimiter limiter_;            // guarded by mutex_, as are those below
   TicketQueue queue_;
   std::vector<std::shared_ptr<Ticket>> reading_;  // once for each chunk in flight
-  double busy_s_ = 0;                             // until noted_
-  bool busy_ = false;                             // since noted_
+  uint64_t bytes_read_ = 0;
+  double busy_s_ = 0;  // until noted_
+  bool busy_ = false;  // since noted_
   RateLimiter::Clock::time_point noted_{};
   std::vector<std::thread> threads_;
 };

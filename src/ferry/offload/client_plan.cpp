@@ -166,11 +166,10 @@ void Client::note_compute_locked(Clock::time_point until) {
 }
 
 Client::Measured Client::measure_locked() const {
-  const io::ReadTime now = engine_.reader_->read_time();
   Measured measured{
       .pass_s = std::chrono::duration<double>(Clock::now() - pass_began_).count(),
       .compute_s = {},
-      .reads = {now.seconds - read_before_.seconds, now.bytes - read_before_.bytes},
+      .reads = engine_.reader_->read_time().since(read_before_),
   };
   // Passes in lockstep end as one: each group's compute is that of all of them.
   for (const auto& state : states_) {
@@ -194,10 +193,7 @@ bool Client::has_settled_locked(Measured pass) {
   constexpr int kFirstPasses = 2;
   // One pass's compute, but all that is known of the disk.
   io::ReadTime reads = pass.reads;
-  if (counted_passes_ > 0) {
-    reads.seconds += fastest_.reads.seconds;
-    reads.bytes += fastest_.reads.bytes;
-  }
+  if (counted_passes_ > 0) reads += fastest_.reads;
   if (counted_passes_++ == 0 || pass.pass_s < fastest_.pass_s) fastest_ = std::move(pass);
   fastest_.reads = reads;
   if (counted_passes_ < (source_is_chosen_ ? patience_ : kFirstPasses) || is_leased_locked())

@@ -94,9 +94,9 @@ Engine::~Engine() {
 Report Engine::report() const {
   std::lock_guard lock(mutex_);
   Report report = report_;
-  report.bytes_read = reader_->bytes_read();
-  report.small_bytes = held_small_;
   report.reads = reader_->read_time();
+  report.bytes_read = report.reads.bytes;
+  report.small_bytes = held_small_;
   if (carrier_)
     report.host_peak_bytes = std::max(report.host_peak_bytes, carrier_->host_peak_bytes());
   return report;
