@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <system_error>
@@ -244,30 +245,71 @@ TEST_P(ReadEngineTest, ThreadsLeaveTicketsAtOnce) {
             std::string_view(content()).substr(0, buffer.size_bytes()));
 }
 
-// A read that hangs (of a pipe, here) holds nobody up: who leaves a ticket wakes the reading
-// thread.
+// A file of which a byte at offset 1 can be read once it was released: a pipe is behind it.
+class HungFile {
+ public:
+  explicit HungFile(const std::filesystem::path& any) : file(File::open(any)) {
+    EXPECT_EQ(::pipe(ends_), 0);
+    EXPECT_GE(::dup2(ends_[0], file->buffered_fd()), 0);
+  }
+  ~HungFile() {
+    for (int end : ends_) ::close(end);
+  }
+  void release() { EXPECT_EQ(::write(ends_[1], "x", 1), 1); }
+
+  const std::shared_ptr<const File> file;
+
+ private:
+  int ends_[2] = {-1, -1};
+};
+
+bool becomes_true(const std::function<bool()>& condition) {
+  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (!condition() && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
+  return condition();
+}
+
+// It holds nobody up: who leaves a ticket wakes the reading thread.
 TEST_P(ReadEngineTest, ReadsWhileAnotherReadHangs) {
   if (GetParam().backend != ReadBackend::io_uring) GTEST_SKIP() << "pread refuses a pipe";
   auto engine = make_read_engine(options());
-  int ends[2];
-  ASSERT_EQ(::pipe(ends), 0);
-  const auto hung = File::open(folder_ / "data");
-  ASSERT_GE(::dup2(ends[0], hung->buffered_fd()), 0);
+  HungFile hung(folder_ / "data");
   AlignedBuffer buffer(2 * kBlock);
-  const auto first = engine->submit({{hung, 1, 1, 1, buffer.data() + 1}});
+  const auto first = engine->submit({{hung.file, 1, 1, 1, buffer.data() + 1}});
   std::this_thread::sleep_for(std::chrono::milliseconds(50));
   const auto second = engine->submit({{file_, 0, kBlock, kBlock, buffer.data() + kBlock}});
-  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-  while (!second->done() && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
-  EXPECT_TRUE(second->done());
+  EXPECT_TRUE(becomes_true([&] { return second->done(); }));
   EXPECT_FALSE(first->done());
-  EXPECT_EQ(::write(ends[1], "x", 1), 1);
+  hung.release();
   engine->wait(first);
   engine->wait(second);
   EXPECT_EQ(seen(buffer, 1, 1), "x");
   EXPECT_EQ(seen(buffer, kBlock, kBlock), std::string_view(content()).substr(0, kBlock));
-  ::close(ends[0]);
-  ::close(ends[1]);
+}
+
+// Who waits for a ticket waits for all of it, in whatever order: the window is for what comes
+// behind.
+TEST_P(ReadEngineTest, AWindowHoldsBackOtherTicketsOnly) {
+  if (GetParam().backend != ReadBackend::io_uring) GTEST_SKIP() << "pread refuses a pipe";
+  ReadEngineOptions o = options();
+  o.request_bytes = 64 << 10;
+  o.window_bytes = 2 * o.request_bytes;
+  constexpr size_t kRest = 1 << 20;
+  auto engine = make_read_engine(o);
+  HungFile hung(folder_ / "data");
+  AlignedBuffer buffer(o.request_bytes + kRest + kBlock, o.request_bytes);
+  std::byte* rest = buffer.data() + o.request_bytes;
+  const auto first =
+      engine->submit({{hung.file, 1, 1, 1, buffer.data() + 1}, {file_, 0, kRest, kRest, rest}});
+  const auto second = engine->submit({{file_, 0, kBlock, kBlock, rest + kRest}});
+  EXPECT_TRUE(becomes_true([&] { return engine->bytes_read() == kRest; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_FALSE(second->done());
+  EXPECT_FALSE(first->done());
+  hung.release();
+  engine->wait(first);
+  engine->wait(second);
+  EXPECT_EQ(seen(buffer, o.request_bytes, kRest), std::string_view(content()).substr(0, kRest));
 }
 
 TEST_P(ReadEngineTest, ReadsWhileNobodyWaits) {

@@ -64,9 +64,10 @@ struct ReadEngineOptions {
   uint64_t request_bytes = 2 << 20;
   // Requests in flight at once.
   unsigned queue_depth = 64;
-  // With io_uring nothing is asked of the kernel that lies so many bytes behind the first read that
-  // has not ended, in the order of asking. A disk serves all that it is given side by side: without
-  // this, whoever waits for the first of many waits for nearly all of them. 0: no order.
+  // With io_uring nothing of other tickets is asked of the kernel that lies so many bytes behind
+  // the first read that has not ended, in the order of asking. A disk serves all that it is given
+  // side by side, and a virtual one may tell of none before it has served all: without this,
+  // whoever waits for the first of many tickets waits for nearly all. 0: no order.
   uint64_t window_bytes = 32 << 20;
   // Threads of the pread pool.
   unsigned pread_threads = 4;

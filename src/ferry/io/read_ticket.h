@@ -136,6 +136,7 @@ class ThreadedEngine : public ReadEngine {
 
   // The chunk that comes next, and none where nothing waits. REQUIRES of the others: there is one.
   std::optional<uint64_t> next_size_locked();
+  const std::shared_ptr<Ticket>& next_ticket_locked() { return queue_.front(); }
   // When the rate allows it, if that is later; else it counts as begun.
   std::optional<RateLimiter::Clock::time_point> when_locked(uint64_t bytes);
   Chunk next_locked();

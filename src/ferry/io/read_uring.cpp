@@ -22,6 +22,7 @@ namespace ferry::io {
 namespace {
 
 constexpr uint64_t kBell = ~uint64_t{0};
+constexpr unsigned kAtOnce = 4;  // reads that go to the kernel in one call
 
 // Closes itself.
 class Ring {
@@ -104,12 +105,16 @@ class UringEngine final : public ThreadedEngine {
 
   size_t in_flight() const { return slots_.size() - free_.size(); }
 
+  // What start_locked() leaves: more that may start at once, room for more than was asked for, or
+  // neither.
+  enum class Rest { more, room, none };
+
   void work() {
     ring_.enable();
     std::unique_lock lock(mutex_);
     while (true) {
       std::optional<RateLimiter::Clock::time_point> later;
-      const bool room = start_locked(later);
+      const Rest rest = start_locked(later);
       if (in_flight() == 0) {
         if (later) {
           work_.wait_until(lock, *later);
@@ -121,11 +126,13 @@ class UringEngine final : public ThreadedEngine {
         continue;
       }
       // While there is room, who leaves a ticket rings.
+      const bool room = rest == Rest::room;
       if (room) ask_for_bell();
       listening_ = room;
       lock.unlock();
-      const auto batch = std::min(batch_, static_cast<unsigned>(in_flight()));
-      const int error = submit_and_wait(room ? 1 : batch, later);
+      unsigned count = room ? 1 : std::min(batch_, static_cast<unsigned>(in_flight()));
+      if (rest == Rest::more) count = 0;
+      const int error = submit_and_wait(count, later);
       lock.lock();
       listening_ = false;
       if (error < 0) refused_locked(error, lock);
@@ -202,27 +209,33 @@ class UringEngine final : public ThreadedEngine {
     }
   }
 
-  // Prepares what may start; all of it goes to the kernel in one call. True if there is room for
-  // more than was asked for; else `later` is set if it is the rate that holds the next one back.
-  bool start_locked(std::optional<RateLimiter::Clock::time_point>& later) {
-    uint64_t oldest = asked_bytes_;
+  // Prepares the next reads that may start, a few at a time: the disk sees none of those that go to
+  // the kernel in one call before the last is ready, which takes long where memory is new. `later`
+  // is set if it is the rate that holds the next one back.
+  Rest start_locked(std::optional<RateLimiter::Clock::time_point>& later) {
+    const Slot* oldest = nullptr;
     for (const Slot& slot : slots_) {
-      if (slot.chunk.ticket) oldest = std::min(oldest, slot.begin);
+      if (slot.chunk.ticket && (oldest == nullptr || slot.begin < oldest->begin)) oldest = &slot;
     }
-    while (!free_.empty()) {
+    for (unsigned started = 0; !free_.empty(); ++started) {
       const std::optional<uint64_t> size = next_size_locked();
-      if (!size) return true;
-      const uint64_t window = asked_bytes_ - oldest;
-      if (options_.window_bytes > 0 && window > 0 && window + *size > options_.window_bytes) break;
+      if (!size) return Rest::room;
+      const bool is_behind = oldest != nullptr && oldest->chunk.ticket != next_ticket_locked();
+      if (options_.window_bytes > 0 && is_behind &&
+          asked_bytes_ + *size - oldest->begin > options_.window_bytes) {
+        break;
+      }
+      if (started == kAtOnce) return Rest::more;
       later = when_locked(*size);
       if (later) break;
       const unsigned index = free_.back();
       free_.pop_back();
       slots_[index] = {next_locked(), asked_bytes_};
       asked_bytes_ += *size;
+      if (oldest == nullptr) oldest = &slots_[index];
       prepare(index);
     }
-    return false;
+    return Rest::none;
   }
 
   void prepare(unsigned index) {
