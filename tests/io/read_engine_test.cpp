@@ -263,8 +263,9 @@ class HungFile {
   int ends_[2] = {-1, -1};
 };
 
-bool becomes_true(const std::function<bool()>& condition) {
-  const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+bool becomes_true(const std::function<bool()>& condition,
+                  std::chrono::seconds within = std::chrono::seconds(10)) {
+  const auto limit = std::chrono::steady_clock::now() + within;
   while (!condition() && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
   return condition();
 }
@@ -318,9 +319,7 @@ TEST_P(ReadEngineTest, ReadsWhileNobodyWaits) {
   auto engine = make_read_engine(o);
   AlignedBuffer buffer(1 << 20);
   ReadTicketPtr ticket = engine->submit({{file_, 0, 1 << 20, 1 << 20, buffer.data()}});
-  auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(20);
-  while (!ticket->done() && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
-  ASSERT_TRUE(ticket->done());
+  ASSERT_TRUE(becomes_true([&] { return ticket->done(); }, std::chrono::seconds(20)));
   EXPECT_EQ(seen(buffer, 0, 1 << 20), std::string_view(content()).substr(0, 1 << 20));
 }
 

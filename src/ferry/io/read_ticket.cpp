@@ -256,9 +256,9 @@ void ThreadedEngine::note_time_locked() {
 }
 
 std::optional<uint64_t> ThreadedEngine::next_size_locked() {
-  const std::shared_ptr<Ticket>& front = queue_.front();
-  if (!front) return std::nullopt;
-  return front->next_size(options_.request_bytes);
+  const std::shared_ptr<Ticket>& ticket = next_ticket_locked();
+  if (!ticket) return std::nullopt;
+  return ticket->next_size(options_.request_bytes);
 }
 
 std::optional<RateLimiter::Clock::time_point> ThreadedEngine::when_locked(uint64_t bytes) {
@@ -270,9 +270,9 @@ std::optional<RateLimiter::Clock::time_point> ThreadedEngine::when_locked(uint64
 }
 
 Chunk ThreadedEngine::next_locked() {
-  std::shared_ptr<Ticket> front = queue_.front();
-  reading_.push_back(front);
-  return front->next(front, options_.request_bytes);
+  std::shared_ptr<Ticket> ticket = next_ticket_locked();
+  reading_.push_back(ticket);
+  return ticket->next(ticket, options_.request_bytes);
 }
 
 bool ThreadedEngine::ended_locked(Chunk& chunk, int64_t result) {

@@ -134,9 +134,10 @@ class ThreadedEngine : public ReadEngine {
   // Drops what has not started and waits for the threads. Each engine's destructor calls it.
   void stop();
 
-  // The chunk that comes next, and none where nothing waits. REQUIRES of the others: there is one.
-  std::optional<uint64_t> next_size_locked();
+  // What the chunk that comes next is of; null where nothing waits.
   const std::shared_ptr<Ticket>& next_ticket_locked() { return queue_.front(); }
+  // Its size, and none where nothing waits. REQUIRES of the others: there is one.
+  std::optional<uint64_t> next_size_locked();
   // When the rate allows it, if that is later; else it counts as begun.
   std::optional<RateLimiter::Clock::time_point> when_locked(uint64_t bytes);
   Chunk next_locked();

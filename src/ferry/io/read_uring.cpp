@@ -109,6 +109,11 @@ class UringEngine final : public ThreadedEngine {
   // neither.
   enum class Rest { more, room, none };
 
+  unsigned completions_to_await(Rest rest) const {
+    if (rest == Rest::more) return 0;
+    return rest == Rest::room ? 1 : std::min(batch_, static_cast<unsigned>(in_flight()));
+  }
+
   void work() {
     ring_.enable();
     std::unique_lock lock(mutex_);
@@ -126,12 +131,10 @@ class UringEngine final : public ThreadedEngine {
         continue;
       }
       // While there is room, who leaves a ticket rings.
-      const bool room = rest == Rest::room;
-      if (room) ask_for_bell();
-      listening_ = room;
+      listening_ = rest == Rest::room;
+      if (listening_) ask_for_bell();
+      const unsigned count = completions_to_await(rest);
       lock.unlock();
-      unsigned count = room ? 1 : std::min(batch_, static_cast<unsigned>(in_flight()));
-      if (rest == Rest::more) count = 0;
       const int error = submit_and_wait(count, later);
       lock.lock();
       listening_ = false;
