@@ -4,8 +4,8 @@
 //                the time of both together, by ratio and size of group
 //   overhead     microseconds of the engine a group, with groups of a few bytes
 //   disk         disk to RAM with calibrated matrix products: time over the limit, which is how
-//                long the products alone and the same reads alone take side by side; a cold pass,
-//                and what the simulator says of one with this run's rates
+//                long the products alone and the same reads alone take side by side; a cold pass
+//                over what the simulator says of it with the rates just before and after
 //
 //   bench_overlap [--part accelerator|overhead|disk]... [--groups LIST] [--ratios LIST]
 //                 [--threads LIST] [--total BYTES] [--passes N] [--rounds N]
@@ -289,7 +289,7 @@ class Compute {
   double one_s_ = 0;
 };
 
-// What the simulator says of a cold pass under `plan`, with the disk as it was in this run.
+// What the simulator says of a cold pass under `plan` with these rates.
 double cold_bound(const Weights& weights, const offload::Plan& plan, double compute_s,
                   double disk_bytes_per_s) {
   offload::GroupCost group;
@@ -304,8 +304,9 @@ double cold_bound(const Weights& weights, const offload::Plan& plan, double comp
 nlohmann::json from_disk(const Options& options) {
   nlohmann::json rows = nlohmann::json::array();
   fmt::print("\ndisk to RAM, arena of a quarter of the weights; seconds a pass\n");
-  fmt::print("{:>10} {:>8} {:>6} {:>8} {:>8} {:>9} {:>8} {:>7} {:>8} {:>8}\n", "group", "threads",
-             "ratio", "compute", "reads", "streamed", "limit", "over", "cold", "planned");
+  fmt::print("{:>10} {:>8} {:>6} {:>8} {:>8} {:>9} {:>8} {:>7} {:>8} {:>8} {:>7}\n", "group",
+             "threads", "ratio", "compute", "reads", "streamed", "limit", "over", "cold", "planned",
+             "over");
   for (uint64_t bytes : options.groups) {
     const size_t count = groups_of(options, bytes);
     Weights weights(options.folder, count, bytes);
@@ -333,7 +334,7 @@ nlohmann::json from_disk(const Options& options) {
         const uint64_t streamed_bytes = client.plan().streamed_bytes;
         bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
                                     client.plan().arena_bytes);
-        std::vector<double> cold, streamed, limit, computing;
+        std::vector<double> streamed, limit;
         for (int round = 0; round < options.rounds; ++round) {
           run_pass(client, count, work);
           auto begin = Clock::now();
@@ -350,31 +351,46 @@ nlohmann::json from_disk(const Options& options) {
           reader.join();
           limit.push_back(since(begin) / options.passes);
         }
-        // Apart from the rounds: memory that was given back is slow again for more than a pass. The
-        // bound has the machine as it is meanwhile.
-        io::ReadTime disk;  // while streaming
-        for (int round = 0; round < options.rounds; ++round) {
+        // Apart from those rounds: memory that was given back is slow again for more than a pass.
+        // Each cold pass stands between two measurements of what it is held against, since a shared
+        // machine is another one a minute later.
+        auto disk_while_streaming = [&] {
+          const io::ReadTime before = engine.report().reads;
+          run_pass(client, count, work);
+          return engine.report().reads.since(before);
+        };
+        auto computing_alone = [&] {
           client.unload();
-          auto begin = Clock::now();
+          const auto begin = Clock::now();
           for (size_t i = 0; i < count; ++i) work(i);
-          computing.push_back(since(begin));
-
+          return since(begin);
+        };
+        std::vector<double> computing, cold, planned, cold_over;
+        io::ReadTime disk_before = disk_while_streaming();
+        double computing_before = computing_alone();
+        for (int round = 0; round < options.rounds; ++round) {
           weights.drop_cache();
           bench::warm_memory(engine_options.weights_memory_bytes);
-          begin = Clock::now();
+          const auto begin = Clock::now();
           run_pass(client, count, work);
           cold.push_back(since(begin));
 
-          const io::ReadTime before = engine.report().reads;
-          run_pass(client, count, work);
-          disk += engine.report().reads.since(before);
+          const io::ReadTime disk_after = disk_while_streaming();
+          const double computing_after = computing_alone();
+          computing.push_back((computing_before + computing_after) / 2);
+          disk_before += disk_after;
+          planned.push_back(
+              cold_bound(weights, client.plan(), computing.back(), disk_before.rate()));
+          cold_over.push_back(cold.back() / planned.back());
+          disk_before = disk_after;
+          computing_before = computing_after;
         }
         const double over = median(streamed) / median(limit);
-        const double planned = cold_bound(weights, client.plan(), median(computing), disk.rate());
         fmt::print(
-            "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f}\n",
+            "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f} "
+            "{:>7.3f}\n",
             format_bytes(bytes), threads, ratio, median(computing), reading, median(streamed),
-            median(limit), over, median(cold), planned);
+            median(limit), over, median(cold), median(planned), median(cold_over));
         rows.push_back({{"group_bytes", bytes},
                         {"groups", count},
                         {"threads", threads},
@@ -384,7 +400,8 @@ nlohmann::json from_disk(const Options& options) {
                         {"streamed_s", median(streamed)},
                         {"limit_s", median(limit)},
                         {"cold_s", median(cold)},
-                        {"planned_cold_s", planned},
+                        {"planned_cold_s", median(planned)},
+                        {"cold_over_planned", median(cold_over)},
                         {"streamed_bytes", streamed_bytes},
                         {"over_limit", over}});
       }
