@@ -4,8 +4,8 @@
 //                the time of both together, by ratio and size of group
 //   overhead     microseconds of the engine a group, with groups of a few bytes
 //   disk         disk to RAM with calibrated matrix products: time over the limit, which is how
-//                long the products alone and the same reads alone take side by side; a cold pass
-//                over what the simulator says of it with the rates just before and after
+//                long the products and the same reads take side by side, unsynchronised; a cold
+//                pass over what the simulator says of it with the rates just before and after
 //
 //   bench_overlap [--part accelerator|overhead|disk]... [--groups LIST] [--ratios LIST]
 //                 [--threads LIST] [--total BYTES] [--passes N] [--rounds N]
@@ -55,7 +55,7 @@ struct Options {
   std::vector<double> ratios = {0.25, 0.5, 1, 2, 4};
   std::vector<int> threads = {1, 2};
   uint64_t total_bytes = 2_GiB;
-  int passes = 4;
+  int passes = 5;
   int rounds = 3;
   double bandwidth = 2e9;
   fs::path folder = fs::temp_directory_path();
@@ -301,6 +301,108 @@ double cold_bound(const Weights& weights, const offload::Plan& plan, double comp
   return offload::simulate(groups, options, plan).prediction.first_step_s;
 }
 
+// One line of the table: products that take `ratio` times as long as the reads.
+nlohmann::json from_disk(const Options& options, const Weights& weights, Compute& compute,
+                         int threads, double ratio) {
+  const size_t count = weights.count();
+  std::vector<at::Tensor> slots;
+  EngineOptions engine_options;
+  engine_options.weights_memory_bytes = weights.total_bytes() / 4 + 1_MiB;
+  engine_options.preferred_arena_bytes = engine_options.weights_memory_bytes;
+  Engine engine(engine_options);
+  Client client(engine, "model", weights.groups(slots));
+  bench::FreeReads reads(weights.checkpoint().files(), weights.total_bytes(),
+                         engine_options.weights_memory_bytes);
+  weights.drop_cache();
+  const double reading = median_of(options.rounds, [&] {
+    const auto begin = Clock::now();
+    reads.run();
+    return since(begin);
+  });
+  const int products = compute.products_for(ratio * reading / static_cast<double>(count));
+  auto work = [&](size_t) { compute.run(products); };
+  for (int pass = 0; pass < 3; ++pass) run_pass(client, count, work);
+  const uint64_t streamed_bytes = client.plan().streamed_bytes;
+  bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
+                              client.plan().arena_bytes);
+  // What is measured stands between two measurements of what it is held against, since a shared
+  // machine is another one a minute later.
+  auto unsynchronised = [&] {
+    same_reads.run();  // until what the last pass reads ahead is there as well
+    const auto begin = Clock::now();
+    std::thread reader([&] {
+      for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
+    });
+    for (int pass = 0; pass < options.passes; ++pass)
+      for (size_t i = 0; i < count; ++i) work(i);
+    reader.join();
+    return since(begin) / options.passes;
+  };
+  std::vector<double> streamed, limit, over;
+  double limit_before = unsynchronised();
+  for (int round = 0; round < options.rounds; ++round) {
+    run_pass(client, count, work);
+    const auto begin = Clock::now();
+    for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, work);
+    streamed.push_back(since(begin) / options.passes);
+
+    const double limit_after = unsynchronised();
+    limit.push_back((limit_before + limit_after) / 2);
+    over.push_back(streamed.back() / limit.back());
+    limit_before = limit_after;
+  }
+  // Apart from those rounds: memory that was given back is slow again for more than a pass.
+  auto disk_while_streaming = [&] {
+    const io::ReadTime before = engine.report().reads;
+    run_pass(client, count, work);
+    return engine.report().reads.since(before);
+  };
+  auto computing_alone = [&] {
+    client.unload();
+    const auto begin = Clock::now();
+    for (size_t i = 0; i < count; ++i) work(i);
+    return since(begin);
+  };
+  std::vector<double> computing, cold, planned, cold_over;
+  io::ReadTime disk_before = disk_while_streaming();
+  double computing_before = computing_alone();
+  for (int round = 0; round < options.rounds; ++round) {
+    weights.drop_cache();
+    bench::warm_memory(engine_options.weights_memory_bytes);
+    const auto begin = Clock::now();
+    run_pass(client, count, work);
+    cold.push_back(since(begin));
+
+    const io::ReadTime disk_after = disk_while_streaming();
+    const double computing_after = computing_alone();
+    computing.push_back((computing_before + computing_after) / 2);
+    disk_before += disk_after;
+    planned.push_back(cold_bound(weights, client.plan(), computing.back(), disk_before.rate()));
+    cold_over.push_back(cold.back() / planned.back());
+    disk_before = disk_after;
+    computing_before = computing_after;
+  }
+  fmt::print(
+      "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f} "
+      "{:>7.3f}\n",
+      format_bytes(weights.group_bytes()), threads, ratio, median(computing), reading,
+      median(streamed), median(limit), median(over), median(cold), median(planned),
+      median(cold_over));
+  return {{"group_bytes", weights.group_bytes()},
+          {"groups", count},
+          {"threads", threads},
+          {"ratio", ratio},
+          {"compute_s", median(computing)},
+          {"reads_s", reading},
+          {"streamed_s", median(streamed)},
+          {"limit_s", median(limit)},
+          {"cold_s", median(cold)},
+          {"planned_cold_s", median(planned)},
+          {"cold_over_planned", median(cold_over)},
+          {"streamed_bytes", streamed_bytes},
+          {"over_limit", median(over)}};
+}
+
 nlohmann::json from_disk(const Options& options) {
   nlohmann::json rows = nlohmann::json::array();
   fmt::print("\ndisk to RAM, arena of a quarter of the weights; seconds a pass\n");
@@ -308,102 +410,12 @@ nlohmann::json from_disk(const Options& options) {
              "threads", "ratio", "compute", "reads", "streamed", "limit", "over", "cold", "planned",
              "over");
   for (uint64_t bytes : options.groups) {
-    const size_t count = groups_of(options, bytes);
-    Weights weights(options.folder, count, bytes);
+    Weights weights(options.folder, groups_of(options, bytes), bytes);
     for (int threads : options.threads) {
       at::set_num_threads(threads);
       Compute compute;
       for (double ratio : options.ratios) {
-        std::vector<at::Tensor> slots;
-        EngineOptions engine_options;
-        engine_options.weights_memory_bytes = weights.total_bytes() / 4 + 1_MiB;
-        engine_options.preferred_arena_bytes = engine_options.weights_memory_bytes;
-        Engine engine(engine_options);
-        Client client(engine, "model", weights.groups(slots));
-        bench::FreeReads reads(weights.checkpoint().files(), weights.total_bytes(),
-                               engine_options.weights_memory_bytes);
-        weights.drop_cache();
-        const double reading = median_of(options.rounds, [&] {
-          const auto begin = Clock::now();
-          reads.run();
-          return since(begin);
-        });
-        const int products = compute.products_for(ratio * reading / static_cast<double>(count));
-        auto work = [&](size_t) { compute.run(products); };
-        for (int pass = 0; pass < 3; ++pass) run_pass(client, count, work);
-        const uint64_t streamed_bytes = client.plan().streamed_bytes;
-        bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
-                                    client.plan().arena_bytes);
-        std::vector<double> streamed, limit;
-        for (int round = 0; round < options.rounds; ++round) {
-          run_pass(client, count, work);
-          auto begin = Clock::now();
-          for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, work);
-          streamed.push_back(since(begin) / options.passes);
-
-          same_reads.run();  // until what the last pass reads ahead is there as well
-          begin = Clock::now();
-          std::thread reader([&] {
-            for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
-          });
-          for (int pass = 0; pass < options.passes; ++pass)
-            for (size_t i = 0; i < count; ++i) work(i);
-          reader.join();
-          limit.push_back(since(begin) / options.passes);
-        }
-        // Apart from those rounds: memory that was given back is slow again for more than a pass.
-        // Each cold pass stands between two measurements of what it is held against, since a shared
-        // machine is another one a minute later.
-        auto disk_while_streaming = [&] {
-          const io::ReadTime before = engine.report().reads;
-          run_pass(client, count, work);
-          return engine.report().reads.since(before);
-        };
-        auto computing_alone = [&] {
-          client.unload();
-          const auto begin = Clock::now();
-          for (size_t i = 0; i < count; ++i) work(i);
-          return since(begin);
-        };
-        std::vector<double> computing, cold, planned, cold_over;
-        io::ReadTime disk_before = disk_while_streaming();
-        double computing_before = computing_alone();
-        for (int round = 0; round < options.rounds; ++round) {
-          weights.drop_cache();
-          bench::warm_memory(engine_options.weights_memory_bytes);
-          const auto begin = Clock::now();
-          run_pass(client, count, work);
-          cold.push_back(since(begin));
-
-          const io::ReadTime disk_after = disk_while_streaming();
-          const double computing_after = computing_alone();
-          computing.push_back((computing_before + computing_after) / 2);
-          disk_before += disk_after;
-          planned.push_back(
-              cold_bound(weights, client.plan(), computing.back(), disk_before.rate()));
-          cold_over.push_back(cold.back() / planned.back());
-          disk_before = disk_after;
-          computing_before = computing_after;
-        }
-        const double over = median(streamed) / median(limit);
-        fmt::print(
-            "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f} "
-            "{:>7.3f}\n",
-            format_bytes(bytes), threads, ratio, median(computing), reading, median(streamed),
-            median(limit), over, median(cold), median(planned), median(cold_over));
-        rows.push_back({{"group_bytes", bytes},
-                        {"groups", count},
-                        {"threads", threads},
-                        {"ratio", ratio},
-                        {"compute_s", median(computing)},
-                        {"reads_s", reading},
-                        {"streamed_s", median(streamed)},
-                        {"limit_s", median(limit)},
-                        {"cold_s", median(cold)},
-                        {"planned_cold_s", median(planned)},
-                        {"cold_over_planned", median(cold_over)},
-                        {"streamed_bytes", streamed_bytes},
-                        {"over_limit", over}});
+        rows.push_back(from_disk(options, weights, compute, threads, ratio));
       }
     }
   }
