@@ -66,6 +66,12 @@ double since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
+double seconds_of(const std::function<void()>& run) {
+  const auto begin = Clock::now();
+  run();
+  return since(begin);
+}
+
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
@@ -314,14 +320,14 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
   bench::FreeReads reads(weights.checkpoint().files(), weights.total_bytes(),
                          engine_options.weights_memory_bytes);
   weights.drop_cache();
-  const double reading = median_of(options.rounds, [&] {
-    const auto begin = Clock::now();
-    reads.run();
-    return since(begin);
-  });
+  const double reading =
+      median_of(options.rounds, [&] { return seconds_of([&] { reads.run(); }); });
   const int products = compute.products_for(ratio * reading / static_cast<double>(count));
-  auto work = [&](size_t) { compute.run(products); };
-  for (int pass = 0; pass < 3; ++pass) run_pass(client, count, work);
+  auto compute_pass = [&] {
+    for (size_t i = 0; i < count; ++i) compute.run(products);
+  };
+  auto streamed_pass = [&] { run_pass(client, count, [&](size_t) { compute.run(products); }); };
+  for (int pass = 0; pass < 3; ++pass) streamed_pass();
   const uint64_t streamed_bytes = client.plan().streamed_bytes;
   bench::FreeReads same_reads(weights.checkpoint().files(), streamed_bytes,
                               client.plan().arena_bytes);
@@ -329,22 +335,23 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
   // machine is another one a minute later.
   auto unsynchronised = [&] {
     same_reads.run();  // until what the last pass reads ahead is there as well
-    const auto begin = Clock::now();
-    std::thread reader([&] {
-      for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
+    const double seconds = seconds_of([&] {
+      std::thread reader([&] {
+        for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
+      });
+      for (int pass = 0; pass < options.passes; ++pass) compute_pass();
+      reader.join();
     });
-    for (int pass = 0; pass < options.passes; ++pass)
-      for (size_t i = 0; i < count; ++i) work(i);
-    reader.join();
-    return since(begin) / options.passes;
+    return seconds / options.passes;
   };
   std::vector<double> streamed, limit, over;
   double limit_before = unsynchronised();
   for (int round = 0; round < options.rounds; ++round) {
-    run_pass(client, count, work);
-    const auto begin = Clock::now();
-    for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, work);
-    streamed.push_back(since(begin) / options.passes);
+    streamed_pass();
+    const double seconds = seconds_of([&] {
+      for (int pass = 0; pass < options.passes; ++pass) streamed_pass();
+    });
+    streamed.push_back(seconds / options.passes);
 
     const double limit_after = unsynchronised();
     limit.push_back((limit_before + limit_after) / 2);
@@ -354,14 +361,12 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
   // Apart from those rounds: memory that was given back is slow again for more than a pass.
   auto disk_while_streaming = [&] {
     const io::ReadTime before = engine.report().reads;
-    run_pass(client, count, work);
+    streamed_pass();
     return engine.report().reads.since(before);
   };
   auto computing_alone = [&] {
     client.unload();
-    const auto begin = Clock::now();
-    for (size_t i = 0; i < count; ++i) work(i);
-    return since(begin);
+    return seconds_of(compute_pass);
   };
   std::vector<double> computing, cold, planned, cold_over;
   io::ReadTime disk_before = disk_while_streaming();
@@ -369,9 +374,7 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
   for (int round = 0; round < options.rounds; ++round) {
     weights.drop_cache();
     bench::warm_memory(engine_options.weights_memory_bytes);
-    const auto begin = Clock::now();
-    run_pass(client, count, work);
-    cold.push_back(since(begin));
+    cold.push_back(seconds_of(streamed_pass));
 
     const io::ReadTime disk_after = disk_while_streaming();
     const double computing_after = computing_alone();
