@@ -134,7 +134,7 @@ class Weights {
 };
 
 size_t groups_of(const Options& options, uint64_t bytes) {
-  return std::clamp<size_t>(options.total_bytes / bytes, 8, 64);
+  return std::clamp<size_t>(options.total_bytes / bytes, 8, 256);
 }
 
 void run_pass(Client& client, size_t count, const std::function<void(size_t)>& compute) {
