@@ -313,6 +313,39 @@ TEST_P(ReadEngineTest, AWindowHoldsBackOtherTicketsOnly) {
   EXPECT_EQ(seen(buffer, o.request_bytes, kRest), std::string_view(content()).substr(0, kRest));
 }
 
+// Half of the window in whole tickets like the first, and all of it behind a large one.
+TEST_P(ReadEngineTest, AWindowIsMadeForTheFirstTicket) {
+  if (GetParam().backend != ReadBackend::io_uring) GTEST_SKIP() << "pread refuses a pipe";
+  ReadEngineOptions o = options();
+  o.request_bytes = 64 << 10;
+  o.window_bytes = 16 * o.request_bytes;
+  o.queue_depth = 64;
+  constexpr size_t kOthers = 16;
+  struct Case {
+    size_t first, fit;  // in requests
+  };
+  for (const Case& c : {Case{0, 7}, Case{3, 6}, Case{5, 5}, Case{9, 0}, Case{20, 0}}) {
+    auto engine = make_read_engine(o);
+    HungFile hung(folder_ / "data");
+    AlignedBuffer buffer((1 + c.first + kOthers) * o.request_bytes, o.request_bytes);
+    std::byte* into = buffer.data() + o.request_bytes;
+    const size_t rest = c.first * o.request_bytes;
+    const auto first =
+        engine->submit({{hung.file, 1, 1, 1, buffer.data() + 1}, {file_, 0, rest, rest, into}});
+    std::vector<ReadTicketPtr> others;
+    for (size_t i = 0; i < kOthers; ++i) {
+      std::byte* at = into + rest + i * o.request_bytes;
+      others.push_back(engine->submit({{file_, 0, o.request_bytes, o.request_bytes, at}}));
+    }
+    EXPECT_TRUE(
+        becomes_true([&] { return engine->bytes_read() >= rest + c.fit * o.request_bytes; }));
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    EXPECT_EQ(engine->bytes_read(), rest + c.fit * o.request_bytes) << c.first;
+    hung.release();
+    for (const auto& ticket : others) engine->wait(ticket);
+  }
+}
+
 TEST_P(ReadEngineTest, ReadsWhileNobodyWaits) {
   ReadEngineOptions o = options();
   o.queue_depth = 1;

@@ -69,6 +69,7 @@ Ticket::Ticket(std::vector<ReadRequest> requests, bool direct)
                                  request.file->path().string(), request.size_bytes, request.offset,
                                  request.min_bytes);
     }
+    size_bytes_ += request.size_bytes;
   }
   skip_empty();
   update_done();

@@ -47,6 +47,8 @@ class Ticket final : public ReadTicket {
 
   bool done() const override { return done_.load(std::memory_order_acquire); }
 
+  // Of all its requests.
+  uint64_t size_bytes() const { return size_bytes_; }
   // Whether chunks are left that nobody took; none after a failure or a cancellation.
   bool has_next() const { return !stopped() && index_ < requests_.size(); }
   // Bytes of the chunk that next() will cut.
@@ -67,6 +69,7 @@ class Ticket final : public ReadTicket {
 
   std::vector<ReadRequest> requests_;
   bool direct_;
+  uint64_t size_bytes_ = 0;
   size_t index_ = 0;       // of the request that the next chunk comes from
   uint64_t position_ = 0;  // in that request
   uint64_t in_flight_ = 0;

@@ -63,7 +63,6 @@ class UringEngine final : public ThreadedEngine {
  public:
   UringEngine(const ReadEngineOptions& options, std::string reason)
       : ThreadedEngine(options, std::move(reason)),
-        batch_(batch_of(options)),
         slots_(options.queue_depth),
         ring_(options.queue_depth + 1) {  // and the bell
     io_uring_probe* probe = io_uring_get_probe_ring(ring_.get());
@@ -96,13 +95,6 @@ class UringEngine final : public ThreadedEngine {
     uint64_t begin = 0;  // of it, in all that was asked for
   };
 
-  static unsigned batch_of(const ReadEngineOptions& options) {
-    uint64_t most = options.queue_depth;
-    if (options.window_bytes > 0)
-      most = std::min(most, options.window_bytes / options.request_bytes);
-    return static_cast<unsigned>(std::clamp<uint64_t>(most / 4, 1, 4));
-  }
-
   size_t in_flight() const { return slots_.size() - free_.size(); }
 
   // What start_locked() leaves: more that may start at once, room for more than was asked for, or
@@ -111,7 +103,10 @@ class UringEngine final : public ThreadedEngine {
 
   unsigned completions_to_await(Rest rest) const {
     if (rest == Rest::more) return 0;
-    return rest == Rest::room ? 1 : std::min(batch_, static_cast<unsigned>(in_flight()));
+    if (rest == Rest::room) return 1;
+    // Waking costs those who compute, and a quarter of what is in flight may end before the disk
+    // feels it.
+    return std::clamp<unsigned>(static_cast<unsigned>(in_flight()) / 4, 1, 4);
   }
 
   void work() {
@@ -225,7 +220,7 @@ class UringEngine final : public ThreadedEngine {
       if (!size) return Rest::room;
       const bool is_behind = oldest != nullptr && oldest->chunk.ticket != next_ticket_locked();
       if (options_.window_bytes > 0 && is_behind &&
-          asked_bytes_ + *size - oldest->begin > options_.window_bytes) {
+          asked_bytes_ + *size - oldest->begin > window_behind(*oldest->chunk.ticket)) {
         break;
       }
       if (started == kAtOnce) return Rest::more;
@@ -241,6 +236,16 @@ class UringEngine final : public ThreadedEngine {
     return Rest::none;
   }
 
+  // Half of the largest window, in whole tickets like the first: a virtual disk tells of all that
+  // it has at the end, and who waits for a ticket of which the last piece did not fit waits for the
+  // next half as well. Two halves have room in the ring of a client, one to fill while the other is
+  // used; with one of two tickets of 16 MiB the disk was idle meanwhile, a quarter of the time.
+  uint64_t window_behind(const Ticket& first) const {
+    const uint64_t size = first.size_bytes();
+    const uint64_t tickets = (options_.window_bytes / 2 + size / 2) / size;
+    return std::min(options_.window_bytes, std::max<uint64_t>(tickets, 1) * size);
+  }
+
   void prepare(unsigned index) {
     const Chunk& chunk = slots_[index].chunk;
     io_uring_sqe* sqe = io_uring_get_sqe(ring_.get());
@@ -249,9 +254,6 @@ class UringEngine final : public ThreadedEngine {
     io_uring_sqe_set_data64(sqe, index);
   }
 
-  // Completions that it wakes for where there is no room for more reads: waking costs those who
-  // compute, and a quarter of the window may end before the disk feels it.
-  const unsigned batch_;
   std::vector<Slot> slots_;  // by index, which travels as the read's user data
   std::vector<unsigned> free_;
   uint64_t asked_bytes_ = 0;
