@@ -864,15 +864,24 @@ class MeasuredTimes : public EngineTest {
  protected:
   MeasuredTimes() {
     write({100, 100, 100, 100, 100, 100, 100, 100});
-    EngineOptions options = EngineTest::options(130 << 10, 64 << 10);
-    options.read.rate_limit_bytes_per_s = 8 << 20;  // so that leases wait, and the rate is known
-    engine_.emplace(options);
-    client_.emplace(*engine_, "model", groups());
+    start(options(64 << 10));
   }
   ~MeasuredTimes() override {
     EXPECT_LE(engine_->report().peak_bytes, 130u << 10);
     client_->unload();
     expect_all_stubs();
+  }
+
+  static EngineOptions options(uint64_t arena) {
+    EngineOptions options = EngineTest::options(130 << 10, arena);
+    options.read.rate_limit_bytes_per_s = 8 << 20;  // so that leases wait, and the rate is known
+    return options;
+  }
+
+  void start(const EngineOptions& options) {
+    client_.reset();
+    engine_.emplace(options);
+    client_.emplace(*engine_, "model", groups());
   }
 
   // Groups [begin, end) compute for so long.
@@ -898,6 +907,15 @@ TEST_F(MeasuredTimes, PlanningAgainStaysRight) {
   EXPECT_LE(engine_->report().replans, 1u);
   EXPECT_EQ(engine_->report().replans == 1, client_->plan().placements != first);
   EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
+}
+
+TEST_F(MeasuredTimes, APlanLeavesTwoWindowsToReadInto) {
+  EngineOptions options = MeasuredTimes::options(16 << 10);
+  options.read.window_bytes = 28 << 10;
+  start(options);
+  run(6, 0, 0, 0ms);
+  EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
+  EXPECT_GE(client_->plan().arena_bytes, 56u << 10);
 }
 
 TEST_F(MeasuredTimes, UnloadingWithinAPassIsAllowed) {

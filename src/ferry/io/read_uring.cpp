@@ -236,14 +236,14 @@ class UringEngine final : public ThreadedEngine {
     return Rest::none;
   }
 
-  // Half of the largest window, in whole tickets like the first: a virtual disk tells of all that
-  // it has at the end, and who waits for a ticket of which the last piece did not fit waits for the
-  // next half as well. Two halves have room in the ring of a client, one to fill while the other is
-  // used; with one of two tickets of 16 MiB the disk was idle meanwhile, a quarter of the time.
+  // About half of window_bytes in whole tickets like the first, or two: a virtual disk tells of all
+  // that it has at the end, and who waits for a ticket of which the last piece did not fit waits
+  // for the next window as well.
   uint64_t window_behind(const Ticket& first) const {
+    const uint64_t window = options_.window_bytes;
     const uint64_t size = first.size_bytes();
-    const uint64_t tickets = (options_.window_bytes / 2 + size / 2) / size;
-    return std::min(options_.window_bytes, std::max<uint64_t>(tickets, 1) * size);
+    if (size > window / 8 * 5) return std::min(size, window);
+    return std::max<uint64_t>((window / 2 + size / 2) / size, 2) * size;
   }
 
   void prepare(unsigned index) {

@@ -88,7 +88,9 @@ PlanOptions Client::plan_options_locked(const std::vector<GroupCost>& costs) con
     constexpr double kUnevenness = 0.3;
     options.rates.disk_bytes_per_s = measured_[reads_packs_].reads.rate();
     options.rates.disk_unevenness = kUnevenness;
-    options.read_ahead_bytes = engine_.options_.read.window_bytes;
+    // One window to read while another is used. With only one that holds two groups, a disk that
+    // tells of both at once would be idle while the first of them is used.
+    options.read_ahead_bytes = 2 * engine_.options_.read.window_bytes;
     // The arena is not made anew for it, unless what changed does not fit there.
     if (engine_.carrier_ && engine_.arena_.size_bytes() >= smallest)
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
