@@ -62,14 +62,10 @@ struct Options {
   std::string json;
 };
 
-double since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
 double seconds_of(const std::function<void()>& run) {
   const auto begin = Clock::now();
   run();
-  return since(begin);
+  return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
 double median(std::vector<double> values) {
@@ -179,10 +175,11 @@ nlohmann::json on_accelerator(const Options& options) {
       run_pass(client, count, compute);
       FakeAccelerator::drain();
       return median_of(options.rounds, [&] {
-        const auto begin = Clock::now();
-        for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, compute);
-        FakeAccelerator::drain();
-        return since(begin) / options.passes;
+        const double passes = seconds_of([&] {
+          for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, compute);
+          FakeAccelerator::drain();
+        });
+        return passes / options.passes;
       });
     };
     const double transfer = seconds(false, 0);
@@ -228,9 +225,11 @@ nlohmann::json overhead(const Options& options) {
         Client client(engine, "model", weights.groups(slots));
         for (int pass = 0; pass < 3; ++pass) run_pass(client, count, [](size_t) {});
         return median_of(options.rounds, [&] {
-          const auto begin = Clock::now();
-          for (int pass = 0; pass < options.passes; ++pass) run_pass(client, count, [](size_t) {});
-          return since(begin) / options.passes / static_cast<double>(count) * 1e6;
+          const double passes = seconds_of([&] {
+            for (int pass = 0; pass < options.passes; ++pass)
+              run_pass(client, count, [](size_t) {});
+          });
+          return passes / options.passes / static_cast<double>(count) * 1e6;
         });
       };
       // What reading (or copying) alone takes: a page each, as many in flight as may be.
@@ -249,10 +248,11 @@ nlohmann::json overhead(const Options& options) {
                               stored.offset + stored.size_bytes - begin, into.data() + i * 8_KiB});
         }
         moving = median_of(options.rounds, [&] {
-          const auto begin = Clock::now();
-          for (const io::ReadRequest& request : requests) reader->submit({request});
-          reader->wait(reader->submit({requests.back()}));
-          return since(begin) / static_cast<double>(count) * 1e6;
+          const double reading = seconds_of([&] {
+            for (const io::ReadRequest& request : requests) reader->submit({request});
+            reader->wait(reader->submit({requests.back()}));
+          });
+          return reading / static_cast<double>(count) * 1e6;
         });
       }
       const double resident = microseconds(true);
@@ -278,9 +278,7 @@ class Compute {
     one_s_ = 1e9;
     for (int i = 0; i < 5; ++i) {
       constexpr int kCount = 200;
-      const auto begin = Clock::now();
-      run(kCount);
-      one_s_ = std::min(one_s_, since(begin) / kCount);
+      one_s_ = std::min(one_s_, seconds_of([&] { run(kCount); }) / kCount);
     }
   }
   int products_for(double seconds) const {

@@ -342,6 +342,7 @@ TEST_P(ReadEngineTest, AWindowIsMadeForTheFirstTicket) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     EXPECT_EQ(engine->bytes_read(), rest + c.fit * o.request_bytes) << c.first;
     hung.release();
+    engine->wait(first);
     for (const auto& ticket : others) engine->wait(ticket);
   }
 }

@@ -106,7 +106,7 @@ class UringEngine final : public ThreadedEngine {
     if (rest == Rest::room) return 1;
     // Waking costs those who compute, and a quarter of what is in flight may end before the disk
     // feels it.
-    return std::clamp<unsigned>(static_cast<unsigned>(in_flight()) / 4, 1, 4);
+    return static_cast<unsigned>(std::clamp<size_t>(in_flight() / 4, 1, 4));
   }
 
   void work() {
@@ -236,9 +236,9 @@ class UringEngine final : public ThreadedEngine {
     return Rest::none;
   }
 
-  // About half of window_bytes in whole tickets like the first, or two: a virtual disk tells of all
-  // that it has at the end, and who waits for a ticket of which the last piece did not fit waits
-  // for the next window as well.
+  // In whole tickets like the first (see window_bytes): a virtual disk tells of all that it has at
+  // the end, and who waits for a ticket of which the last piece did not fit waits for the next
+  // window as well.
   uint64_t window_behind(const Ticket& first) const {
     const uint64_t window = options_.window_bytes;
     const uint64_t size = first.size_bytes();

@@ -88,7 +88,7 @@ struct PlanOptions {
   // layers that compute long and layers that read long; beyond this, memory serves better as
   // residents. With rates the simulation decides.
   uint64_t preferred_arena_bytes = 192ull << 20;
-  // With rates: the room to read into that a disk wants to read at its rate. The arena gets no less
+  // With rates: room to read into, as much as a disk needs to keep its rate. The arena gets no less
   // where half of the budget is as much.
   uint64_t read_ahead_bytes = 0;
   // Pinned host memory: homes and staging. 0: no homes there, staging as needed.
