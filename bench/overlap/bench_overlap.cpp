@@ -6,7 +6,7 @@
 //   disk         disk to RAM with calibrated matrix products: time over the limit, which is how
 //                long the products and the same reads, into the same memory, take side by side,
 //                unsynchronised; a cold pass over what the simulator says of it with the rates
-//                just before and after
+//                of both, side by side as well, just before and after
 //
 //   bench_overlap [--part accelerator|overhead|disk]... [--groups LIST] [--ratios LIST]
 //                 [--threads LIST] [--total BYTES] [--passes N] [--rounds N]
@@ -351,22 +351,30 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
   // What is measured stands between two measurements of what it is held against, since a shared
   // machine is another one a minute later; and both read into the same memory, that of the ring.
   // Nothing looks at the weights, so what is read ahead there may be lost.
-  auto unsynchronised = [&] {
-    const offload::Plan plan = client.plan();
-    bench::FreeReads same_reads(weights.checkpoint().files(), plan.streamed_bytes,
-                                ring(weights, plan, places));
+  struct SideBySide {
+    double computing, both;  // seconds a pass
+  };
+  auto unsynchronised = [&](uint64_t bytes, int passes) {
+    bench::FreeReads same_reads(weights.checkpoint().files(), bytes,
+                                ring(weights, client.plan(), places));
     same_reads.run();  // until what the last pass reads ahead is there as well
-    const double seconds = seconds_of([&] {
+    SideBySide seconds;
+    seconds.both = seconds_of([&] {
       std::thread reader([&] {
-        for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
+        for (int pass = 0; pass < passes; ++pass) same_reads.run();
       });
-      for (int pass = 0; pass < options.passes; ++pass) compute_pass();
+      seconds.computing = seconds_of([&] {
+        for (int pass = 0; pass < passes; ++pass) compute_pass();
+      });
       reader.join();
     });
-    return seconds / options.passes;
+    return SideBySide{seconds.computing / passes, seconds.both / passes};
+  };
+  auto limit_now = [&] {
+    return unsynchronised(client.plan().streamed_bytes, options.passes).both;
   };
   std::vector<double> streamed, limit, over;
-  double limit_before = unsynchronised();
+  double limit_before = limit_now();
   for (int round = 0; round < options.rounds; ++round) {
     streamed_pass();
     const double seconds = seconds_of([&] {
@@ -374,7 +382,7 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
     });
     streamed.push_back(seconds / options.passes);
 
-    const double limit_after = unsynchronised();
+    const double limit_after = limit_now();
     limit.push_back((limit_before + limit_after) / 2);
     over.push_back(streamed.back() / limit.back());
     limit_before = limit_after;
@@ -385,20 +393,18 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
     streamed_pass();
     return engine.report().reads.since(before);
   };
-  auto computing_alone = [&] {
-    client.unload();
-    return seconds_of(compute_pass);
-  };
+  auto computing_while_reading = [&] { return unsynchronised(weights.total_bytes(), 1).computing; };
   std::vector<double> computing, cold, planned, cold_over;
   io::ReadTime disk_before = disk_while_streaming();
-  double computing_before = computing_alone();
+  double computing_before = computing_while_reading();
   for (int round = 0; round < options.rounds; ++round) {
+    client.unload();
     weights.drop_cache();
     bench::warm_memory(engine_options.weights_memory_bytes);
     cold.push_back(seconds_of(streamed_pass));
 
     const io::ReadTime disk_after = disk_while_streaming();
-    const double computing_after = computing_alone();
+    const double computing_after = computing_while_reading();
     computing.push_back((computing_before + computing_after) / 2);
     disk_before += disk_after;
     planned.push_back(cold_bound(weights, client.plan(), computing.back(), disk_before.rate()));
@@ -423,6 +429,7 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
           {"cold_s", median(cold)},
           {"planned_cold_s", median(planned)},
           {"cold_over_planned", median(cold_over)},
+          {"cold_over_planned_rounds", cold_over},
           {"streamed_bytes", client.plan().streamed_bytes},
           {"over_limit", median(over)},
           {"over_limit_rounds", over}};
