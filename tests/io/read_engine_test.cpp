@@ -324,7 +324,8 @@ TEST_P(ReadEngineTest, AWindowIsMadeForTheFirstTicket) {
   struct Case {
     size_t first, fit;  // in requests
   };
-  for (const Case& c : {Case{0, 7}, Case{3, 6}, Case{5, 5}, Case{9, 9}, Case{12, 0}, Case{20, 0}}) {
+  for (const Case& c :
+       {Case{0, 11}, Case{3, 9}, Case{5, 5}, Case{9, 9}, Case{12, 0}, Case{20, 0}}) {
     auto engine = make_read_engine(o);
     HungFile hung(folder_ / "data");
     AlignedBuffer buffer((1 + c.first + kOthers) * o.request_bytes, o.request_bytes);

@@ -68,8 +68,8 @@ struct ReadEngineOptions {
   // the first read that has not ended, in the order of asking. A disk serves all that it is given
   // side by side, and a virtual one may tell of none before it has served all: without this,
   // whoever waits for the first of many tickets waits for nearly all. Behind a smaller ticket it is
-  // about half of it in whole tickets of that size, but two, or one where two are more than five
-  // quarters of it. 0: no order.
+  // about three quarters of it in whole tickets of that size, but two, or one where two are more
+  // than five quarters of it. 0: no order.
   uint64_t window_bytes = 32 << 20;
   // Threads of the pread pool.
   unsigned pread_threads = 4;

@@ -243,7 +243,7 @@ class UringEngine final : public ThreadedEngine {
     const uint64_t window = options_.window_bytes;
     const uint64_t size = first.size_bytes();
     if (size > window / 8 * 5) return std::min(size, window);
-    return std::max<uint64_t>((window / 2 + size / 2) / size, 2) * size;
+    return std::max<uint64_t>((window / 4 * 3 + size / 2) / size, 2) * size;
   }
 
   void prepare(unsigned index) {
