@@ -6,7 +6,7 @@
 //   disk         disk to RAM with calibrated matrix products: time over the limit, which is how
 //                long the products and the same reads, into the same memory, take side by side,
 //                unsynchronised; a cold pass over what the simulator says of it with the rates
-//                of both, side by side as well, just before and after
+//                of the streamed passes just before and after
 //
 //   bench_overlap [--part accelerator|overhead|disk]... [--groups LIST] [--ratios LIST]
 //                 [--threads LIST] [--total BYTES] [--passes N] [--rounds N]
@@ -341,40 +341,34 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
     for (size_t i = 0; i < count; ++i) compute.run(products);
   };
   std::vector<std::byte*> places(count);  // where each group was last
+  double computing_s = 0;                 // of the last pass
   auto streamed_pass = [&] {
+    computing_s = 0;
     run_pass(client, count, [&](size_t i) {
       places[i] = static_cast<std::byte*>(slots[i].mutable_data_ptr());
-      compute.run(products);
+      computing_s += seconds_of([&] { compute.run(products); });
     });
   };
   for (int pass = 0; pass < 3; ++pass) streamed_pass();
   // What is measured stands between two measurements of what it is held against, since a shared
   // machine is another one a minute later; and both read into the same memory, that of the ring.
   // Nothing looks at the weights, so what is read ahead there may be lost.
-  struct SideBySide {
-    double computing, both;  // seconds a pass
-  };
-  auto unsynchronised = [&](uint64_t bytes, int passes) {
-    bench::FreeReads same_reads(weights.checkpoint().files(), bytes,
-                                ring(weights, client.plan(), places));
+  auto unsynchronised = [&] {
+    const offload::Plan plan = client.plan();
+    bench::FreeReads same_reads(weights.checkpoint().files(), plan.streamed_bytes,
+                                ring(weights, plan, places));
     same_reads.run();  // until what the last pass reads ahead is there as well
-    SideBySide seconds;
-    seconds.both = seconds_of([&] {
+    const double seconds = seconds_of([&] {
       std::thread reader([&] {
-        for (int pass = 0; pass < passes; ++pass) same_reads.run();
+        for (int pass = 0; pass < options.passes; ++pass) same_reads.run();
       });
-      seconds.computing = seconds_of([&] {
-        for (int pass = 0; pass < passes; ++pass) compute_pass();
-      });
+      for (int pass = 0; pass < options.passes; ++pass) compute_pass();
       reader.join();
     });
-    return SideBySide{seconds.computing / passes, seconds.both / passes};
-  };
-  auto limit_now = [&] {
-    return unsynchronised(client.plan().streamed_bytes, options.passes).both;
+    return seconds / options.passes;
   };
   std::vector<double> streamed, limit, over;
-  double limit_before = limit_now();
+  double limit_before = unsynchronised();
   for (int round = 0; round < options.rounds; ++round) {
     streamed_pass();
     const double seconds = seconds_of([&] {
@@ -382,35 +376,35 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
     });
     streamed.push_back(seconds / options.passes);
 
-    const double limit_after = limit_now();
+    const double limit_after = unsynchronised();
     limit.push_back((limit_before + limit_after) / 2);
     over.push_back(streamed.back() / limit.back());
     limit_before = limit_after;
   }
   // Apart from those rounds: memory that was given back is slow again for more than a pass.
-  auto disk_while_streaming = [&] {
-    const io::ReadTime before = engine.report().reads;
-    streamed_pass();
-    return engine.report().reads.since(before);
+  struct Rates {
+    io::ReadTime disk;
+    double computing_s;
   };
-  auto computing_while_reading = [&] { return unsynchronised(weights.total_bytes(), 1).computing; };
+  auto rates_while_streaming = [&] {
+    const io::ReadTime reads_before = engine.report().reads;
+    streamed_pass();
+    return Rates{engine.report().reads.since(reads_before), computing_s};
+  };
   std::vector<double> computing, cold, planned, cold_over;
-  io::ReadTime disk_before = disk_while_streaming();
-  double computing_before = computing_while_reading();
+  Rates before = rates_while_streaming();
   for (int round = 0; round < options.rounds; ++round) {
     client.unload();
     weights.drop_cache();
     bench::warm_memory(engine_options.weights_memory_bytes);
     cold.push_back(seconds_of(streamed_pass));
 
-    const io::ReadTime disk_after = disk_while_streaming();
-    const double computing_after = computing_while_reading();
-    computing.push_back((computing_before + computing_after) / 2);
-    disk_before += disk_after;
-    planned.push_back(cold_bound(weights, client.plan(), computing.back(), disk_before.rate()));
+    const Rates after = rates_while_streaming();
+    computing.push_back((before.computing_s + after.computing_s) / 2);
+    before.disk += after.disk;
+    planned.push_back(cold_bound(weights, client.plan(), computing.back(), before.disk.rate()));
     cold_over.push_back(cold.back() / planned.back());
-    disk_before = disk_after;
-    computing_before = computing_after;
+    before = after;
   }
   fmt::print(
       "{:>10} {:>8} {:>6} {:>8.3f} {:>8.3f} {:>9.3f} {:>8.3f} {:>7.3f} {:>8.3f} {:>8.3f} "
