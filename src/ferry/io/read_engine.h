@@ -69,7 +69,7 @@ struct ReadEngineOptions {
   // side by side, and a virtual one may tell of none before it has served all: without this,
   // whoever waits for the first of many tickets waits for nearly all. Behind a smaller ticket it is
   // about three quarters of it in whole tickets of that size, but two, or one where two are more
-  // than five quarters of it. 0: no order.
+  // than five quarters of it; behind the end of a larger one a quarter. 0: no order.
   uint64_t window_bytes = 32 << 20;
   // Threads of the pread pool.
   unsigned pread_threads = 4;

@@ -238,11 +238,12 @@ class UringEngine final : public ThreadedEngine {
 
   // In whole tickets like the first (see window_bytes): a virtual disk tells of all that it has at
   // the end, and who waits for a ticket of which the last piece did not fit waits for the next
-  // window as well.
+  // window as well. A ticket beyond the window ends beside few reads of others for the same reason.
   uint64_t window_behind(const Ticket& first) const {
     const uint64_t window = options_.window_bytes;
     const uint64_t size = first.size_bytes();
-    if (size > window / 8 * 5) return std::min(size, window);
+    if (size > window) return window / 4;
+    if (size > window / 8 * 5) return size;
     return std::max<uint64_t>((window / 4 * 3 + size / 2) / size, 2) * size;
   }
 
