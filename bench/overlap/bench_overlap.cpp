@@ -342,13 +342,14 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
     for (size_t i = 0; i < count; ++i) compute.run(products);
   };
   std::vector<std::byte*> places(count);  // where each group was last
-  double computing_s = 0;                 // of the last pass
+  // Returns the seconds of the products.
   auto streamed_pass = [&] {
-    computing_s = 0;
+    double computing_s = 0;
     run_pass(client, count, [&](size_t i) {
       places[i] = static_cast<std::byte*>(slots[i].mutable_data_ptr());
       computing_s += seconds_of([&] { compute.run(products); });
     });
+    return computing_s;
   };
   for (int pass = 0; pass < 3; ++pass) streamed_pass();
   // What is measured stands between two measurements of what it is held against, since a shared
@@ -382,6 +383,7 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
     over.push_back(streamed.back() / limit.back());
     limit_before = limit_after;
   }
+  const uint64_t streamed_bytes = client.plan().streamed_bytes;
   // Apart from those rounds: memory that was given back is slow again for more than a pass.
   struct Rates {
     io::ReadTime disk;
@@ -389,7 +391,7 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
   };
   auto rates_while_streaming = [&] {
     const io::ReadTime reads_before = engine.report().reads;
-    streamed_pass();
+    const double computing_s = streamed_pass();
     return Rates{engine.report().reads.since(reads_before), computing_s};
   };
   std::vector<double> computing, cold, planned, cold_over;
@@ -425,7 +427,7 @@ nlohmann::json from_disk(const Options& options, const Weights& weights, Compute
           {"planned_cold_s", median(planned)},
           {"cold_over_planned", median(cold_over)},
           {"cold_over_planned_rounds", cold_over},
-          {"streamed_bytes", client.plan().streamed_bytes},
+          {"streamed_bytes", streamed_bytes},
           {"over_limit", median(over)},
           {"over_limit_rounds", over}};
 }

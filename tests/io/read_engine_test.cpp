@@ -313,7 +313,8 @@ TEST_P(ReadEngineTest, AWindowHoldsBackOtherTicketsOnly) {
   EXPECT_EQ(seen(buffer, o.request_bytes, kRest), std::string_view(content()).substr(0, kRest));
 }
 
-// Half of it in whole tickets like the first, or two; behind a large one nothing while it is read.
+// Three quarters of it in whole tickets like the first, or two; behind a large one nothing but,
+// once only its end is left, a quarter.
 TEST_P(ReadEngineTest, AWindowIsMadeForTheFirstTicket) {
   if (GetParam().backend != ReadBackend::io_uring) GTEST_SKIP() << "pread refuses a pipe";
   ReadEngineOptions o = options();
