@@ -918,6 +918,16 @@ TEST_F(MeasuredTimes, APlanLeavesTwoWindowsToReadInto) {
   EXPECT_GE(client_->plan().arena_bytes, 56u << 10);
 }
 
+// A group, half of the next, and a window: more than two windows where groups are larger than one.
+TEST_F(MeasuredTimes, APlanLeavesAWindowBehindTheNextGroup) {
+  EngineOptions options = MeasuredTimes::options(130 << 10);
+  options.read.window_bytes = 20 << 10;
+  start(options);
+  run(6, 0, 0, 0ms);
+  EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
+  EXPECT_GE(client_->plan().arena_bytes, 56u << 10);
+}
+
 TEST_F(MeasuredTimes, UnloadingWithinAPassIsAllowed) {
   for (int pass = 0; pass < 5; ++pass) {
     client_->begin_pass();

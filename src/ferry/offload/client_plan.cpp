@@ -61,6 +61,25 @@ uint64_t Client::least_budget_locked() const {
   return engine_.held_small_ + smallest_locked(costs_locked());
 }
 
+namespace {
+
+// Room for the group in use, for half of the next one, which may be left to read when the first is
+// released, and for a window behind it, or the disk has little to do just then. At least two
+// windows: with only one that holds two groups, a disk that tells of both at once would be idle
+// while the first of them is used.
+uint64_t read_ahead_bytes(const std::vector<GroupCost>& costs, uint64_t window_bytes) {
+  uint64_t bytes = 0, count = 0;
+  for (const GroupCost& cost : costs) {
+    if (cost.keep_resident) continue;
+    bytes += cost.arena_bytes;
+    ++count;
+  }
+  const uint64_t group = count > 0 ? bytes / count : 0;
+  return window_bytes + std::max(window_bytes, group + group / 2);
+}
+
+}  // namespace
+
 PlanOptions Client::plan_options_locked(const std::vector<GroupCost>& costs) const {
   const uint64_t smallest = smallest_locked(costs);
   const uint64_t least = engine_.held_small_ + smallest;
@@ -88,9 +107,7 @@ PlanOptions Client::plan_options_locked(const std::vector<GroupCost>& costs) con
     constexpr double kUnevenness = 0.3;
     options.rates.disk_bytes_per_s = measured_[reads_packs_].reads.rate();
     options.rates.disk_unevenness = kUnevenness;
-    // One window to read while another is used. With only one that holds two groups, a disk that
-    // tells of both at once would be idle while the first of them is used.
-    options.read_ahead_bytes = 2 * engine_.options_.read.window_bytes;
+    options.read_ahead_bytes = read_ahead_bytes(costs, engine_.options_.read.window_bytes);
     // The arena is not made anew for it, unless what changed does not fit there.
     if (engine_.carrier_ && engine_.arena_.size_bytes() >= smallest)
       options.budget_bytes = std::min(options.budget_bytes, engine_.arena_.size_bytes());
