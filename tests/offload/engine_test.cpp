@@ -897,6 +897,16 @@ class MeasuredTimes : public EngineTest {
     }
   }
 
+  // Where reads are slow and nothing computes.
+  uint64_t arena_planned_by_time(uint64_t preferred, uint64_t window) {
+    EngineOptions options = MeasuredTimes::options(preferred);
+    options.read.window_bytes = window;
+    start(options);
+    run(6, 0, 0, 0ms);
+    EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
+    return client_->plan().arena_bytes;
+  }
+
   std::optional<Engine> engine_;
   std::optional<Client> client_;
 };
@@ -910,22 +920,12 @@ TEST_F(MeasuredTimes, PlanningAgainStaysRight) {
 }
 
 TEST_F(MeasuredTimes, APlanLeavesTwoWindowsToReadInto) {
-  EngineOptions options = MeasuredTimes::options(16 << 10);
-  options.read.window_bytes = 28 << 10;
-  start(options);
-  run(6, 0, 0, 0ms);
-  EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
-  EXPECT_GE(client_->plan().arena_bytes, 56u << 10);
+  EXPECT_GE(arena_planned_by_time(16 << 10, 28 << 10), 56u << 10);
 }
 
 // A group, half of the next, and a window: more than two windows where groups are larger than one.
 TEST_F(MeasuredTimes, APlanLeavesAWindowBehindTheNextGroup) {
-  EngineOptions options = MeasuredTimes::options(130 << 10);
-  options.read.window_bytes = 20 << 10;
-  start(options);
-  run(6, 0, 0, 0ms);
-  EXPECT_GT(client_->plan().prediction.step_s, 0) << "the plan knows times";
-  EXPECT_GE(client_->plan().arena_bytes, 56u << 10);
+  EXPECT_GE(arena_planned_by_time(130 << 10, 20 << 10), 56u << 10);
 }
 
 TEST_F(MeasuredTimes, UnloadingWithinAPassIsAllowed) {
